@@ -1,0 +1,250 @@
+"""The report's losses.
+
+    L_total = L_pixel + alpha * L_content + beta * L_GAN + gamma * L_identity
+
+`GeneratorLoss.forward` is that line. Training needs only its gradient at SR, and takes the part
+of the two frozen networks a few images at a time (`perceptual_gradient`): the same sum in a
+fraction of the memory.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from facenet_pytorch import InceptionResnetV1
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models import VGG16_Weights, vgg16
+
+from data_utils import InputError
+
+# The report's weightings (alpha, beta, gamma) of its "Results Summary".
+PRESETS = {
+    "baseline": (0.006, 0.001, 0.0),
+    "visual": (0.006, 0.001, 0.006),
+    "identity": (0.005, 0.001, 0.6),
+}
+
+FACENET = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
+FACE_URLS = {
+    "vggface2": FACENET + "20180402-114759-vggface2.pt",
+    "casia-webface": FACENET + "20180408-102900-casia-webface.pt",
+}
+RANDOM_SEED = 0  # of the networks that `random` asks for: the same ones in every run
+
+
+# ---------------------------------------------------------------------------------------------
+# The four terms
+
+
+def pixel_loss(sr, hr):
+    """L_pixel: mean squared error of two image batches (N, 3, H, W) in [0, 1] -> scalar."""
+    return F.mse_loss(sr.float(), hr.float())
+
+
+def content_loss(sr_features, hr_features):
+    """L_content: mean squared error of two VGG feature maps (N, 512, h, w) -> scalar."""
+    return F.mse_loss(sr_features.float(), hr_features.float())
+
+
+def identity_loss(sr_embeddings, hr_embeddings):
+    """L_identity: mean squared error of unit embeddings (N, 512) -> scalar.
+
+    Equals (2 - 2 cos) / 512 for a pair: a cosine error of 0.15 is 0.0006.
+    """
+    return F.mse_loss(sr_embeddings.float(), hr_embeddings.float())
+
+
+def adversarial_loss(kind, fake_logits, real_logits):
+    """L_GAN, the generator's side; logits (N,) of D(G(z)) and D(x) -> scalar.
+
+    bce: -log D(G(z)) (Ledig et al., eq. 6, as a mean). relativistic: the average form of ESRGAN
+    (Wang et al. 2018, eq. 2). hinge: -logit. linear: 1 - D(G(z)), the report's published code.
+    """
+    fake, real = fake_logits.float(), real_logits.float()
+    if kind == "bce":
+        return F.softplus(-fake).mean()
+    if kind == "relativistic":
+        real = real.detach()  # G can't change it; its mean over the batch is the yardstick
+        return (F.softplus(-(fake - real.mean())).mean()
+                + F.softplus(real - fake.mean()).mean()) / 2
+    if kind == "hinge":
+        return -fake.mean()
+    return (1 - torch.sigmoid(fake)).mean()
+
+
+def discriminator_loss(kind, fake_logits, real_logits, smoothing=0.0):
+    """The discriminator's side of the same four; logits (N,) -> scalar.
+
+    `smoothing` takes the target of real images from 1 to 1 - smoothing in the two cross-entropies
+    (one-sided, Salimans et al. 2016). linear: 1 - D(x) + D(G(z)), the report's published code.
+    """
+    fake, real = fake_logits.float(), real_logits.float()
+    if kind == "relativistic":
+        fake, real = fake - real.mean(), real - fake.mean()
+    if kind in ("bce", "relativistic"):
+        target = torch.full_like(real, 1 - smoothing)
+        loss = F.binary_cross_entropy_with_logits(real, target) + F.softplus(fake).mean()
+        return loss / 2 if kind == "relativistic" else loss
+    if kind == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    return 1 - torch.sigmoid(real).mean() + torch.sigmoid(fake).mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# The frozen networks
+
+
+def load_vgg(weights):
+    """VGG16's `features[:31]`: images (N, 3, H, W) in [0, 1] -> (N, 512, H/32, W/32).
+
+    `weights`: imagenet, random or a state dict's path; only `features.*` is read. Frozen, eval
+    mode. `.label` says what was loaded. Raises InputError if the weights cannot be had.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        network = vgg16(weights=None).features[:31]
+    if weights == "random":
+        return _frozen(network, _announce_random("VGG16", "--vgg_weights"))
+    url = VGG16_Weights.IMAGENET1K_V1.url if weights == "imagenet" else None
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    state, source = _load_state(weights, url, folder, "--vgg_weights")
+    features = {k.removeprefix("features."): v for k, v in state.items()
+                if k.startswith("features.")}
+    _fill(network, features, source, "VGG16's features.* (torchvision layout)")
+    return _frozen(network, _label(weights, features))
+
+
+def load_face_network(weights):
+    """InceptionResnetV1: faces (N, 3, 160, 160) in [-1, 1] -> unit embeddings (N, 512).
+
+    `weights`: vggface2, casia-webface, random or a state dict's path. Frozen, eval mode, each
+    BatchNorm folded into its convolution (the same function, a third fewer passes over memory).
+    `.label` says what was loaded. Raises InputError if the weights cannot be had.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        network = InceptionResnetV1().eval()
+    if weights == "random":
+        label = _announce_random("InceptionResnetV1", "--face_weights")
+    else:
+        folder = Path(os.path.dirname(torch.hub.get_dir()), "checkpoints")  # facenet-pytorch's
+        state, source = _load_state(weights, FACE_URLS.get(weights), folder, "--face_weights")
+        state = {k: v for k, v in state.items() if not k.startswith("logits.")}
+        _fill(network, state, source, "InceptionResnetV1 (facenet-pytorch layout)")
+        label = _label(weights, state)
+    for module in network.modules():
+        if hasattr(module, "conv") and hasattr(module, "bn"):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
+    return _frozen(network, label)
+
+
+def embed(face_network, images):
+    """Images (N, 3, H, W) in [0, 1] -> unit face embeddings (N, 512), differentiable."""
+    faces = F.interpolate(images, size=(160, 160), mode="bilinear", align_corners=False)
+    return face_network(faces * 2 - 1)
+
+
+def _frozen(network, label):
+    network.label = label
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _announce_random(name, flag):
+    print(f"{name}: seeded random weights ({flag} random); a smoke test, its numbers mean nothing")
+    return "random"
+
+
+def _label(weights, state):
+    """What a figure measured with these weights has to say of them."""
+    # The official files are fp32; this project's stand-ins have their names and layout in fp16.
+    half = any(v.dtype == torch.float16 for v in state.values())
+    return f"{Path(weights).name}, stand-in" if half else Path(weights).name
+
+
+def _load_state(weights, url, folder, flag):
+    """(state dict, path it came from): from torch's cache, a download into it, or a local file."""
+    path = folder / os.path.basename(url) if url else Path(weights)
+    if url and not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))
+        except Exception as error:  # urllib, sockets, SSL, a full disk: all end the same way
+            raise InputError(
+                f"could not download {path.name} ({error}); fetch {url} elsewhere and put it at "
+                f"{path}, or name a local copy with {flag} PATH") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values()):
+            return state, path
+        reason = "not a state dict"
+    except Exception as error:  # damaged or hostile files raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise InputError(f"{path}: {reason}; give {flag} a state dict saved by torch.save")
+
+
+def _fill(network, state, source, what):
+    try:
+        network.load_state_dict(state)  # copies into fp32, whatever the file holds
+    except RuntimeError:
+        raise InputError(f"{source}: does not hold {what}") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# L_total
+
+
+class GeneratorLoss(nn.Module):
+    """L_total = L_pixel + alpha L_content + beta L_GAN + gamma L_identity.
+
+    `vgg` and `face_network` are frozen (`load_vgg`, `load_face_network`); either may be None where
+    its weight is 0. `gan_loss` is the kind of `adversarial_loss`.
+    """
+
+    def __init__(self, alpha, beta, gamma, vgg, face_network, gan_loss="bce"):
+        super().__init__()
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.vgg, self.face_network = vgg, face_network
+        self.gan_loss = gan_loss
+
+    @torch.no_grad()
+    def targets(self, hr):
+        """What content and identity compare SR with: (VGG features, embeddings) of HR."""
+        return (self.vgg(hr) if self.alpha else None,
+                embed(self.face_network, hr) if self.gamma else None)
+
+    def perceptual(self, sr, targets):
+        """(L_content, L_identity) of SR against `targets(hr)`; a term of weight 0 is 0."""
+        features, embeddings = targets
+        zero = sr.new_zeros(())
+        return (content_loss(self.vgg(sr), features) if self.alpha else zero,
+                identity_loss(embed(self.face_network, sr), embeddings) if self.gamma else zero)
+
+    def forward(self, sr, hr, fake_logits, real_logits):
+        """SR, HR (N, 3, H, W) in [0, 1] and D's logits (N,) -> (L_total, {term: value})."""
+        content, identity = self.perceptual(sr, self.targets(hr))
+        terms = {"pixel": pixel_loss(sr, hr), "content": content, "identity": identity,
+                 "adversarial": adversarial_loss(self.gan_loss, fake_logits, real_logits)}
+        total = (terms["pixel"] + self.alpha * terms["content"]
+                 + self.beta * terms["adversarial"] + self.gamma * terms["identity"])
+        return total, terms
+
+    def perceptual_gradient(self, sr, targets, chunk):
+        """Gradient of alpha L_content + gamma L_identity at SR, `chunk` images at a time.
+
+        Both frozen networks treat each image by itself, so the chunks add up to the whole exactly
+        while only one chunk's activations are alive. -> (gradient like sr, content, identity).
+        """
+        gradient, values = torch.empty_like(sr), sr.new_zeros(2)
+        for start in range(0, len(sr), chunk):
+            part = slice(start, start + chunk)
+            image = sr[part].detach().requires_grad_()
+            content, identity = self.perceptual(
+                image, [None if t is None else t[part] for t in targets])
+            share = len(image) / len(sr)  # each term is a mean over the batch
+            loss = share * (self.alpha * content + self.gamma * identity)
+            gradient[part], = torch.autograd.grad(loss, image)
+            values += share * torch.stack([content.detach(), identity.detach()])
+        return gradient, *values

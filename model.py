@@ -1,0 +1,131 @@
+"""The two networks of the report: SRGAN's generator and discriminator.
+
+Ledig et al., "Photo-Realistic Single Image Super-Resolution Using a Generative Adversarial
+Network", CVPR 2017, Figure 4, in the size that the report uses (five residual blocks, BatchNorm,
+one-parameter PReLUs, adaptive pooling in the discriminator).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ResidualBlock(nn.Module):
+    """3x3 conv, BN, PReLU, 3x3 conv, BN, sum. (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return x + self.bn2(self.conv2(self.prelu(self.bn1(self.conv1(x)))))
+
+
+class UpsampleBlock(nn.Module):
+    """Sub-pixel convolution (Shi et al. 2016). (N, C, H, W) -> (N, C, 2H, 2W).
+
+    `shuffle=False` leaves the 4C channels at (H, W); PReLU has one parameter, so it commutes with
+    the shuffle, and `SubPixelConv2d` reads the unshuffled form.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+        self.prelu = nn.PReLU()
+
+    def forward(self, x, shuffle=True):
+        x = self.prelu(self.conv(x))
+        return F.pixel_shuffle(x, 2) if shuffle else x
+
+
+class SubPixelConv2d(nn.Conv2d):
+    """A 9x9 convolution of a pixel-shuffled image, computed before the shuffle.
+
+    `conv(pixel_shuffle(x))` over 64 channels at (2H, 2W) equals `pixel_shuffle(conv'(x))` with a
+    5x5 convolution over 256 channels at (H, W) whose kernel is the 9x9 one, shifted to each of the
+    four output phases and pixel-unshuffled. A CPU's vector registers hold 16 channels: three
+    output channels leave most of them empty, twelve do not (measured in benchmark.py).
+    """
+
+    def forward(self, x):
+        """x: (N, 4C, H, W), the input before its pixel shuffle -> (N, out, 2H, 2W)."""
+        phases = [F.pad(self.weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
+        # each (out, C, 10, 10) -> (out, 4C, 5, 5); the phase is the minor output index
+        weight = torch.stack([F.pixel_unshuffle(w, 2) for w in phases], dim=1).flatten(0, 1)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return F.pixel_shuffle(F.conv2d(x, weight, self.bias.repeat_interleave(4), padding=2), 2)
+
+
+class Generator(nn.Module):
+    """The super-resolution network: LR (N, 3, h, w) in [0, 1] -> SR (N, 3, s*h, s*w) in [0, 1].
+
+    `scale_factor` s is a power of two from 2 up and takes log2(s) sub-pixel blocks: three at the
+    report's 8x. `icnr` starts each sub-pixel convolution as a nearest-neighbour upsampling
+    (Aitken et al. 2017), so that no checkerboard has to be unlearned. Raises ValueError on
+    another factor.
+    """
+
+    def __init__(self, scale_factor, icnr=True):
+        super().__init__()
+        if scale_factor < 2 or scale_factor & (scale_factor - 1):
+            raise ValueError(f"scale_factor must be 2, 4, 8, ...; got {scale_factor}")
+        self.scale_factor = scale_factor
+        self.first = nn.Sequential(nn.Conv2d(3, 64, 9, padding=4), nn.PReLU())
+        self.residual = nn.Sequential(*[ResidualBlock(64) for _ in range(5)])
+        self.skip = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))
+        self.upsample = nn.ModuleList(
+            [UpsampleBlock(64) for _ in range(int(math.log2(scale_factor)))])
+        self.last = SubPixelConv2d(64, 3, 9, padding=4)
+        if icnr:
+            for block in self.upsample:
+                icnr_(block.conv.weight)
+
+    def forward(self, lr):
+        x = self.first(lr)                              # (N, 64, h, w)
+        x = x + self.skip(self.residual(x))             # (N, 64, h, w), the long skip
+        for block in self.upsample[:-1]:
+            x = block(x)                                # (N, 64, 2h, 2w), then 4h, 4w
+        x = self.upsample[-1](x, shuffle=False)         # (N, 256, s*h/2, s*w/2)
+        return (torch.tanh(self.last(x)) + 1) / 2       # (N, 3, s*h, s*w)
+
+
+class Discriminator(nn.Module):
+    """Real HR or generated SR? Images (N, 3, H, W) in [0, 1] -> logits (N,).
+
+    The sigmoid is in the loss; `probability` gives D(x). H and W are 16 or more.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 64, 3, padding=1), nn.LeakyReLU(0.2)]
+        for c_in, c_out, stride in [(64, 64, 2), (64, 128, 1), (128, 128, 2), (128, 256, 1),
+                                    (256, 256, 2), (256, 512, 1), (512, 512, 2)]:
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1),
+                       nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(512, 1024, 1),
+                                        nn.LeakyReLU(0.2), nn.Conv2d(1024, 1, 1))
+
+    def forward(self, image):
+        return self.classifier(self.features(image)).flatten()
+
+
+def probability(logits):
+    """D(x): the probability in [0, 1] that the discriminator gives to "real"."""
+    return torch.sigmoid(logits)
+
+
+@torch.no_grad()
+def icnr_(weight):
+    """Make the four sub-pixels of each output channel start equal, in place.
+
+    weight: (4C, C_in, k, k) of a convolution before PixelShuffle(2). Aitken et al. 2017,
+    "Checkerboard artifact free sub-pixel convolution". Keeps the variance of the initialisation.
+    """
+    weight.copy_(weight[::4].repeat_interleave(4, dim=0))

@@ -1,0 +1,761 @@
+"""Train the identity-preserving SRGAN of the report.
+
+    python train_identity.py                              # the default recipe, 100 epochs
+    python train_identity.py --recipe report              # everything as the report did it
+    python train_identity.py --resume                     # go on where a run in epochs/ stopped
+    torchrun --nproc_per_node=4 train_identity.py         # one machine, four GPUs
+"""
+
+import argparse
+import ctypes
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
+
+import checkpoints
+import evaluate
+import figures
+from data_utils import (
+    TRAIN_DIR,
+    VALID_DIR,
+    InputError,
+    TrainDatasetFromFolder,
+    ValidDatasetFromFolder,
+    refuse_overlap,
+    run_script,
+    synthetic_portraits,
+    valid_crop_size,
+)
+from loss_identity import (
+    PRESETS,
+    GeneratorLoss,
+    adversarial_loss,
+    discriminator_loss,
+    load_face_network,
+    load_vgg,
+    pixel_loss,
+)
+from model import Discriminator, Generator, probability
+
+# What each step logs, in this order; nan where a step left a term out.
+LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "score_g", "ratio")
+
+# The default recipe against the report's: each departure has a flag, --recipe report sets all.
+RECIPES = {
+    "ours": dict(batch_size=16, lr=4e-4, lr_d=1e-4, schedule="cosine", pretrain_epochs=None,
+                 gan_loss="bce", label_smoothing=0.1, ema=0.999, lazy=4, no_flip=False,
+                 no_icnr=False),
+    "report": dict(batch_size=32, lr=1e-4, lr_d=1e-4, schedule="constant", pretrain_epochs=0,
+                   gan_loss="linear", label_smoothing=0.0, ema=0.0, lazy=1, no_flip=True,
+                   no_icnr=True),
+}
+
+# Flags that a resumed run may change: they don't touch what is learnt.
+NOT_OF_THE_RUN = {"config", "recipe", "preset", "resume", "resume_override", "overwrite", "demo",
+                  "out_dir"}
+FREE_ON_RESUME = {"num_epochs", "save_every", "save_minutes", "valid_every", "valid_batch",
+                  "cache_gb", "device", "allow_overlap", "compile", "precision", "train_dir",
+                  "valid_dir"}
+
+
+# ---------------------------------------------------------------------------------------------
+# The step
+
+
+def train_step(run, lr, hr, targets, with_gan, with_perceptual, every=1, share=1.0):
+    """Gradients of the generator and, `with_gan`, of the discriminator, on one batch.
+
+    L_total is differentiated at SR, term by term, and the sum goes back through the generator
+    once. That frees each frozen network's activations before the next term, gives the size of each
+    gradient for nothing, and lets one pass of D over the fakes serve both sides of the game: D's
+    update takes the gradient to its parameters, the generator's the one to the images.
+
+    run: the networks, optimisers and loss (see `build`); lr, hr: (N, 3, h, w), (N, 3, H, W) in
+    [0, 1]; targets: `loss.targets(hr)`; every: the weight of terms that are computed on every
+    `every`-th step only; share: of this part in an accumulated batch. -> the LOGGED values.
+    """
+    loss, scale = run.loss, run.scaler.get_scale()
+    logged = {}
+    with run.autocast():
+        sr_graph = run.ddpG(lr)
+    sr = sr_graph.detach().float().requires_grad_()
+
+    logged["pixel"] = pixel_loss(sr, hr)
+    gradient, = torch.autograd.grad(logged["pixel"], sr)
+
+    if with_gan:
+        with run.autocast():
+            real_logits, fake_logits = run.ddpD(hr), run.ddpD(sr)
+        logged["adversarial"] = adversarial_loss(loss.gan_loss, fake_logits, real_logits)
+        logged["loss_d"] = discriminator_loss(loss.gan_loss, fake_logits, real_logits,
+                                              run.smoothing)
+        at_sr, = torch.autograd.grad(logged["adversarial"] * scale, sr, retain_graph=True)
+        at_sr *= loss.beta / scale
+        (logged["loss_d"] * share * scale).backward(inputs=run.parametersD)
+        logged["ratio"] = at_sr.norm() / gradient.norm().clamp_min(1e-12)
+        gradient += every * at_sr
+        logged["score_d"] = probability(real_logits.float()).mean()
+        logged["score_g"] = probability(fake_logits.float()).mean()
+
+    if with_perceptual and (loss.alpha or loss.gamma):
+        with run.autocast():
+            at_sr, logged["content"], logged["identity"] = loss.perceptual_gradient(
+                sr.detach(), targets, run.chunk)
+        gradient += every * at_sr
+
+    sr_graph.backward((gradient * share * scale).to(sr_graph.dtype))
+    # nan marks a term that this step left out, so a term that has become nan is noted as inf
+    return torch.stack([logged[name].detach().float().nan_to_num(math.inf, math.inf, math.inf)
+                        if name in logged else sr.new_full((), math.nan) for name in LOGGED])
+
+
+def apply_updates(run, with_gan):
+    """Step both optimisers on the accumulated gradients, then the schedule and the average."""
+    for optimizer in [run.optimizerG] + [run.optimizerD] * with_gan:
+        run.scaler.step(optimizer)
+        optimizer.zero_grad()
+    run.scaler.update()
+    run.scheduleG.step()
+    run.updates += 1
+    if run.average is not run.netG:
+        update_average(run.average, run.netG, run.updates, run.ema)
+
+
+@torch.no_grad()
+def update_average(average, netG, updates, limit):
+    """Exponential moving average of weights and BatchNorm statistics, in place.
+
+    The decay ramps up as (1 + t) / (10 + t) towards `limit`: a fixed one would hold on to the
+    random start for thousands of steps.
+    """
+    decay = min(limit, (1 + updates) / (10 + updates))
+    for mean, value in zip(average.state_dict().values(), netG.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Set-up
+
+
+def build(args, device, steps_per_epoch, world=1):
+    """Networks, losses, optimisers and schedules of a run, in one namespace."""
+    torch.manual_seed(args.seed)
+    run = SimpleNamespace()
+    run.netG = Generator(args.upscale_factor, icnr=not args.no_icnr)
+    run.netD = Discriminator()
+    if args.start:
+        start = checkpoints.load_generator(args.start)
+        if start.scale_factor != args.upscale_factor:
+            raise InputError(f"{args.start}: is a {start.scale_factor}x generator; give "
+                             f"--upscale_factor {start.scale_factor} or another --start")
+        run.netG.load_state_dict(start.state_dict())
+    if world > 1 and device.type == "cuda":
+        run.netG = torch.nn.SyncBatchNorm.convert_sync_batchnorm(run.netG)
+        run.netD = torch.nn.SyncBatchNorm.convert_sync_batchnorm(run.netD)
+    for network in (run.netG, run.netD):
+        network.to(device, memory_format=torch.channels_last)
+    run.ema = args.ema
+    run.average = deepcopy(run.netG) if args.ema else run.netG
+    run.ddpG, run.ddpD = run.netG, run.netD
+    if args.compile:
+        run.ddpG, run.ddpD = torch.compile(run.netG), torch.compile(run.netD)
+    if world > 1:
+        # Each rank keeps its own BatchNorm statistics in a step; rank 0's are saved.
+        run.ddpG = DistributedDataParallel(run.ddpG, broadcast_buffers=False)
+        run.ddpD = DistributedDataParallel(run.ddpD, broadcast_buffers=False)
+    run.parametersD = list(run.netD.parameters())
+
+    run.face_network = load_face_network(args.face_weights).to(device)
+    vgg = load_vgg(args.vgg_weights).to(device) if args.alpha else None
+    run.loss = GeneratorLoss(args.alpha, args.beta, args.gamma, vgg, run.face_network,
+                             args.gan_loss)
+    run.smoothing = args.label_smoothing
+
+    fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
+    run.optimizerG = torch.optim.Adam(run.netG.parameters(), lr=args.lr, **fused)
+    run.optimizerD = torch.optim.Adam(run.netD.parameters(), lr=args.lr_d, **fused)
+    total = args.num_epochs * steps_per_epoch
+
+    def factor(step):  # of the learning rate: a half cosine to a twentieth
+        if args.schedule == "constant":
+            return 1.0
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * min(1, step / total))) / 2
+
+    run.scheduleG = torch.optim.lr_scheduler.LambdaLR(run.optimizerG, factor)
+
+    precision = args.precision
+    if precision == "auto":
+        precision = "fp32"
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    run.autocast = lambda: torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    run.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    # Few images at a time keep a CPU's activations in its cache; a GPU wants the whole batch.
+    run.chunk = 4 if device.type == "cpu" else args.batch_size
+    run.updates = 0
+    run.known = {}             # HR's VGG features and embeddings, of the training images
+    run.known_embeddings = {}  # HR's embeddings, of the validation images
+    return run
+
+
+def set_up_machine(args):
+    """Device, process group and CPU settings -> (device, rank, world)."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine or this PyTorch has no CUDA; use --device cpu")
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these three
+    rank = int(os.environ.get("RANK", 0))
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
+        torch.set_flush_denormal(True)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    return device, rank, world
+
+
+def keep_freed_memory():
+    """Tell glibc to reuse large blocks instead of giving them back to the kernel after each step.
+
+    Fresh pages cost a fault per 4 KiB: a fifth of the step's time (benchmark.py). Elsewhere than
+    on glibc this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-3, 2 ** 31 - 1)  # M_MMAP_THRESHOLD
+    mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def load_data(args):
+    """(training set, validation set), checked; says so when the crop size is floored."""
+    crop = valid_crop_size(args.crop_size, args.upscale_factor)
+    if crop != args.crop_size:
+        say(f"--crop_size {args.crop_size} is not a multiple of {args.upscale_factor}: using {crop}")
+    train = TrainDatasetFromFolder(args.train_dir, crop, args.upscale_factor, args.crop, args.seed,
+                                   args.cache_gb)
+    valid = ValidDatasetFromFolder(args.valid_dir, crop, args.upscale_factor, args.cache_gb)
+    if not args.allow_overlap:
+        refuse_overlap(train, valid)
+    return train, valid
+
+
+def run_flags(args):
+    """The flags that make a run what it is; not where it is kept or how it was called."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
+
+
+def file_digest(path):
+    """SHA-256 of a file's bytes, hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def describe(args, run, train, valid, device, world):
+    """config.json: what a reader needs to repeat the run."""
+    def git(*command):
+        try:
+            return subprocess.run(["git", *command], cwd=Path(__file__).parent, text=True,
+                                  capture_output=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "flags": run_flags(args),
+        "start": file_digest(args.start) if args.start else None,
+        "networks": {"vgg16": getattr(run.loss.vgg, "label", "not used"),
+                     "inception_resnet_v1": run.face_network.label},
+        "data": {"train": {"n": len(train), "hash": train.digest()},
+                 "valid": {"n": len(valid), "hash": valid.digest()}},
+        "seed": args.seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": world,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__, "numpy": np.__version__},
+        "git": {"commit": git("rev-parse", "HEAD"),
+                "clean": status == "" if status is not None else None},
+        "wall_seconds": 0.0,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+
+
+def say(message):
+    """A line that does not tear the progress bar; with a time stamp when it goes into a file."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    stamp = "" if sys.stdout.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
+    tqdm.write(f"{stamp}{message}", file=sys.stdout)
+    sys.stdout.flush()
+
+
+def catch_signals():
+    """List that SIGINT and SIGTERM append to; a second signal stops the process at once."""
+    caught = []
+
+    def note(number, _frame):
+        caught.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, note)
+    return caught
+
+
+def epoch_order(n, args, epoch, rank, world):
+    """(batches of indices of this rank, flip of every image): functions of seed and epoch alone."""
+    sampler = DistributedSampler(range(n), world, rank, shuffle=True, seed=args.seed)
+    sampler.set_epoch(epoch)
+    order, size = list(sampler), args.batch_size // world
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+    flips = torch.rand(n, generator=generator) < (0.0 if args.no_flip else 0.5)
+    return [order[i:i + size] for i in range(0, len(order), size)], flips
+
+
+def cached_targets(loss, known, keys, hr):
+    """`loss.targets(hr)`, computed once per (image, flip): HR crops never change.
+
+    One image at a time, so that a target does not depend on the batch that it was first met in and
+    a resumed run finds the same bits. known: {key: targets}, filled here.
+    """
+    for key, image in zip(keys, hr):
+        if key not in known:
+            known[key] = loss.targets(image[None])
+    return [None if column[0] is None else torch.cat(column)
+            for column in zip(*(known[key] for key in keys))]
+
+
+def train_epoch(run, args, dataset, progress, device, rank, world, between_steps):
+    """The steps of one epoch from `progress["step"]` on; fills `progress["history"]`.
+
+    between_steps() is called after each update, when everything is in a state to be saved. Raises
+    InputError with epoch, step and term when a loss is not finite.
+    """
+    epoch = progress["epoch"]
+    with_gan = epoch > args.pretrain_epochs
+    lazy = args.lazy if with_gan else 1
+    batches, flips = epoch_order(len(dataset), args, epoch, rank, world)
+    dataset.epoch = epoch
+    if progress["history"] is None:
+        progress["history"] = torch.full((len(batches), len(LOGGED)), math.nan, device=device)
+    history, first = progress["history"], progress["step"]
+    workers = 0 if dataset.cached else min(8, os.cpu_count())
+    loader = DataLoader(dataset, batch_sampler=batches[first:], num_workers=workers,
+                        pin_memory=device.type == "cuda")
+    # a look at the losses waits for a GPU; a CPU has them anyway
+    look_every = 25 if device.type == "cuda" else 1
+    keep_targets = args.crop == "center" and 2 * len(dataset) * 35_000 < args.cache_gb * 2 ** 30
+    run.netG.train()
+    run.netD.train()
+    bar = tqdm(total=len(dataset), initial=first * args.batch_size, unit="image", leave=False,
+               desc=f"epoch {epoch}/{args.num_epochs}", disable=True if rank else None)
+    for step, (indices, (lr, hr)) in enumerate(zip(batches[first:], loader), first):
+        flipped = flips[indices]
+        lr, hr = (torch.where(flipped[:, None, None, None], x.flip(-1), x)
+                  .to(device, memory_format=torch.channels_last, non_blocking=True)
+                  for x in (lr, hr))
+        gan = with_gan and step % lazy == 0
+        perceptual = with_gan and step % lazy == lazy // 2  # in turn: steps of equal length
+        rows = []
+        for part in torch.arange(len(indices)).chunk(args.accumulate):
+            targets = None
+            if perceptual:
+                keys = [(indices[i], bool(flipped[i])) for i in part]
+                targets = (cached_targets(run.loss, run.known, keys, hr[part]) if keep_targets
+                           else run.loss.targets(hr[part]))
+            share = len(part) / len(indices)
+            rows.append(share * train_step(run, lr[part], hr[part], targets, gan, perceptual, lazy,
+                                           share))
+        apply_updates(run, gan)
+        history[step] = torch.stack(rows).sum(0)
+        progress["step"] = step + 1
+        last = step + 1 == len(batches)
+        if (step + 1) % look_every == 0 or last:
+            check_finite(history[:step + 1], epoch)
+            if not bar.disable:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in zip(LOGGED, history[step].tolist())
+                                 if v == v}, refresh=False)
+        bar.update(len(indices) * world)
+        between_steps()
+    bar.close()
+
+
+def check_finite(history, epoch):
+    """Raise InputError naming epoch, step and term of the first loss that is not finite."""
+    bad = history.isinf().nonzero().tolist()
+    if bad:
+        step, term = bad[0]
+        raise InputError(f"epoch {epoch}, step {step + 1}: {LOGGED[term]} is not finite; stopped, "
+                         "and last.pt keeps the last good state. Lower the learning rate (--lr, "
+                         "--lr_d) or that term's weight and go on with --resume --resume_override")
+
+
+def validate_epoch(run, args, dataset, device, rank, world):
+    """Validation images split over the ranks -> one (n, 6) array (see `evaluate.validate`)."""
+    mine = range(rank, len(dataset), world)
+    with run.autocast():
+        rows = evaluate.validate(run.average, run.netD, dataset, run.face_network,
+                                 run.known_embeddings, args.valid_batch, device, mine).cpu()
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, rows)
+        rows = torch.cat(parts)
+    return rows[rows[:, 5].argsort()].numpy()
+
+
+def epoch_row(run, args, progress, validation):
+    """One row of train_results.csv: the report's columns, then the terms and the state of D."""
+    means = dict(zip(LOGGED, progress["history"].double().nanmean(0).tolist()))
+    weighted = (("pixel", 1), ("content", run.loss.alpha), ("adversarial", run.loss.beta),
+                ("identity", run.loss.gamma))
+    loss_g = sum(weight * means[name] for name, weight in weighted if means[name] == means[name])
+    gan = progress["epoch"] > args.pretrain_epochs
+    psnr, ssim, cosine, d_real, d_fake = ([math.nan] * 5 if validation is None
+                                          else validation.mean(0)[:5])
+    accuracy = math.nan
+    if gan and validation is not None:
+        accuracy = ((validation[:, 3] > 0).mean() + (validation[:, 4] < 0).mean()) / 2
+    return {"Epoch": progress["epoch"], "Loss_D": means["loss_d"], "Loss_G": loss_g,
+            "Score_D": means["score_d"], "Score_G": means["score_g"],
+            "PSNR": float(psnr), "SSIM": float(ssim), "Cosine": float(cosine),
+            "Pixel": means["pixel"], "Content": means["content"],
+            "Adversarial": means["adversarial"], "Identity": means["identity"],
+            "D_accuracy": float(accuracy), "Gradient_ratio": means["ratio"],
+            "Learning_rate": run.optimizerG.param_groups[0]["lr"],
+            "Phase": "gan" if gan else "pixel", "Seconds": progress["seconds"]}
+
+
+def dead_discriminator(row):
+    """A warning when D could not tell real from generated for a whole epoch, else None."""
+    gap = abs(row["Score_D"] - row["Score_G"])
+    if gap < 0.01 or row["Gradient_ratio"] < 1e-4:
+        return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
+                f"{gap:.4f} and its gradient at SR {row['Gradient_ratio']:.1e} of the pixel "
+                "gradient, so the adversarial term teaches nothing. Try --gan_loss bce, a lower "
+                "--lr_d, or more --pretrain_epochs")
+    return None
+
+
+def summary_line(row, args):
+    """One epoch in one line."""
+    left = (args.num_epochs - row["Epoch"]) * row["Seconds"]
+    line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): PSNR-Y {row['PSNR']:.2f} dB, "
+            f"SSIM {row['SSIM']:.4f}, cosine {row['Cosine']:.4f}, pixel {row['Pixel']:.5f}")
+    if row["Phase"] == "gan":
+        line += (f", D(x) {row['Score_D']:.3f}, D(G(z)) {row['Score_G']:.3f}, "
+                 f"D accuracy {row['D_accuracy']:.2f}, gradient ratio {row['Gradient_ratio']:.2g}")
+    return f"{line}; {row['Seconds']:.0f} s, about {left / 60:.0f} min left"
+
+
+def open_folder(args):
+    """Make the run's folder ready -> the state to resume from, or None for a new run.
+
+    A folder that holds a run is refused unless --resume or --overwrite says what to do with it.
+    """
+    folder = Path(args.out_dir)
+    holds_run = (folder / "last.pt").exists()
+    for leftover in folder.glob(".*.tmp*"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    if args.resume:
+        return checkpoints.read_run(folder)
+    if holds_run and not args.overwrite:
+        raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
+                         f"{folder}), choose another --out_dir, or replace it (--overwrite)")
+    if args.overwrite:
+        (folder / "last.pt").unlink(missing_ok=True)
+    else:
+        for name in ("train_results.csv", "config.json"):  # of the generator that is shipped here
+            if (folder / name).exists():
+                os.replace(folder / name, folder / f"previous_{name}")
+                say(f"{folder / name} kept as previous_{name}")
+    return None
+
+
+def refuse_changes(args, progress, train, valid):
+    """Raise InputError if a resumed run would go on with other flags or other photographs."""
+    then, now = progress["flags"], run_flags(args)
+    changed = [f"--{name} {then.get(name)} -> {value}" for name, value in now.items()
+               if name not in FREE_ON_RESUME and then.get(name) != value]
+    for name, data in (("train_dir", train), ("valid_dir", valid)):
+        if progress["data"][name] != data.digest():
+            changed.append(f"the photographs in --{name} {getattr(args, name)}")
+    if changed and not args.resume_override:
+        raise InputError(f"this run began with something else: {', '.join(changed)}; leave that "
+                         "as it was, or add --resume_override")
+
+
+def train(args):
+    """The whole run: set up, then epoch after epoch with validation, pictures and checkpoints."""
+    device, rank, world = set_up_machine(args)
+    if args.batch_size % (world * args.accumulate):
+        raise InputError(f"--batch_size {args.batch_size} does not divide by {world} processes x "
+                         f"--accumulate {args.accumulate}")
+    folder = Path(args.out_dir)
+    state = open_folder(args) if rank == 0 or args.resume else None
+    train_set, valid_set = load_data(args)
+    steps_per_epoch = math.ceil(math.ceil(len(train_set) / world) / (args.batch_size // world))
+    run = build(args, device, steps_per_epoch, world)
+    parts = {"netG": run.netG, "netD": run.netD, "optimizerG": run.optimizerG,
+             "optimizerD": run.optimizerD, "scheduleG": run.scheduleG, "scaler": run.scaler}
+    if args.ema:
+        parts["average"] = run.average
+    progress = {"epoch": 1, "step": 0, "updates": 0, "history": None, "rows": [], "seconds": 0.0,
+                "flags": run_flags(args),
+                "data": {"train_dir": train_set.digest(), "valid_dir": valid_set.digest()}}
+    if state:
+        refuse_changes(args, state["progress"], train_set, valid_set)
+        checkpoints.restore_run(state, parts, folder / "last.pt")
+        progress = state["progress"] | {"flags": run_flags(args)}
+        run.updates = progress["updates"]
+        if progress["history"] is not None:
+            progress["history"] = progress["history"].to(device)
+        say(f"resumed {folder} at epoch {progress['epoch']}, step {progress['step'] + 1}")
+    config = describe(args, run, train_set, valid_set, device, world)
+    say(f"{len(train_set)} training and {len(valid_set)} validation images; {world} process(es) on "
+        f"{config['device']}; VGG16: {config['networks']['vgg16']}, InceptionResnetV1: "
+        f"{config['networks']['inception_resnet_v1']}")
+
+    caught = catch_signals()
+    clock = {"from": time.perf_counter(), "saved": time.perf_counter()}
+
+    def save():
+        now = time.perf_counter()
+        progress["seconds"] += now - clock["from"]
+        progress["updates"] = run.updates
+        clock["from"] = clock["saved"] = now
+        if rank == 0:
+            checkpoints.save_run(folder, parts, progress)
+
+    def between_steps():
+        stop = torch.tensor(caught[0] if caught else 0)
+        if world > 1:
+            stop = stop.to(device)
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        if stop or time.perf_counter() - clock["saved"] > 60 * args.save_minutes:
+            check_finite(progress["history"][:progress["step"]], progress["epoch"])
+            save()
+        if stop:
+            say(f"stopped at epoch {progress['epoch']}, step {progress['step']}; go on with:\n"
+                f"  python train_identity.py --resume --out_dir {folder}")
+            if world > 1:
+                dist.destroy_process_group()
+            sys.exit(128 + int(stop))
+
+    if rank == 0:
+        checkpoints.save_json(config, folder / "config.json")
+    while progress["epoch"] <= args.num_epochs:
+        epoch = progress["epoch"]
+        train_epoch(run, args, train_set, progress, device, rank, world, between_steps)
+        last = epoch == args.num_epochs
+        validation = None
+        if epoch % args.valid_every == 0 or last:
+            validation = validate_epoch(run, args, valid_set, device, rank, world)
+        if world > 1:
+            dist.all_reduce(progress["history"])
+            progress["history"] /= world
+        now = time.perf_counter()
+        progress["seconds"] += now - clock["from"]
+        clock["from"] = now
+        row = epoch_row(run, args, progress, validation)
+        progress["rows"].append(row)
+        progress.update(epoch=epoch + 1, step=0, history=None, seconds=0.0)
+        if rank == 0:
+            say(summary_line(row, args))
+            warning = dead_discriminator(row)
+            if warning:
+                say(warning)
+            write_epoch(run, args, folder, progress["rows"], config, epoch, last, validation,
+                        valid_set, device)
+        save()
+        between_steps()
+    say(f"done: {folder}/ holds netG_epoch_{args.upscale_factor}_{args.num_epochs}.pth, "
+        "train_results.csv, curves.png and samples/")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def write_epoch(run, args, folder, rows, config, epoch, last, validation, valid_set, device):
+    """What a person looks at after an epoch: CSV, curves, samples, checkpoints, config."""
+    table = pd.DataFrame(rows)
+    checkpoints.save_csv(table, folder / "train_results.csv")
+    config["wall_seconds"] = float(table["Seconds"].sum())
+    checkpoints.save_json(config, folder / "config.json")
+    figures.save_curves(table, folder / "curves.png")
+    if epoch % args.save_every == 0 or last:
+        checkpoints.save_torch(run.average.state_dict(),
+                               checkpoints.generator_path(folder, args.upscale_factor, epoch))
+        checkpoints.save_torch(run.netD.state_dict(),
+                               folder / f"netD_epoch_{args.upscale_factor}_{epoch}.pth")
+    if validation is not None:
+        shown = range(min(8, len(valid_set)))
+        _, lr, restored, hr = next(evaluate.batches(valid_set, len(shown), device, shown))
+        with torch.no_grad():
+            sr = run.average.eval()(lr)
+        figures.save_samples(folder / "samples" / f"epoch_{epoch}.png", restored, sr, hr)
+
+
+def demo(args):
+    """The main job in two minutes: synthetic people, random frozen networks, then evaluate.py."""
+    folder = Path(args.out_dir if args.out_dir != "epochs" else "epochs/demo")
+    for split, n, seed in (("train", 96, 1), ("valid", 16, 2)):
+        for i, portrait in enumerate(synthetic_portraits(n, 128, seed)):
+            figures.save_image(Image.fromarray(portrait), folder / "data" / split / f"{i:03}.png")
+    say(f"synthetic portraits written to {folder / 'data'}; now a short training:")
+    results = folder / "results"
+    main(["--train_dir", f"{folder}/data/train", "--valid_dir", f"{folder}/data/valid",
+          "--crop_size", "64", "--num_epochs", "8", "--batch_size", "8", "--lazy", "1",
+          "--vgg_weights", "random", "--face_weights", "random", "--overwrite",
+          "--device", args.device, "--out_dir", str(folder)])
+    evaluate.main(["--checkpoint", f"{folder}/netG_epoch_8_8.pth", "--data_dir",
+                   f"{folder}/data/valid", "--crop_size", "64", "--face_weights", "random",
+                   "--device", args.device, "--out_dir", str(results)])
+    say(f"look at {folder}/samples/epoch_8.png (bicubic | SR | HR), {folder}/curves.png and "
+        f"{results}/comparison.png\nnext: put photographs into {TRAIN_DIR} and {VALID_DIR} and run "
+        "python train_identity.py --crop_size 128 --upscale_factor 8 --num_epochs 100")
+
+
+def parse(argv=None):
+    """Flags -> namespace. A recipe, a config.json or the run to be resumed sets the defaults."""
+    parser = argparse.ArgumentParser(
+        description="Train the identity-preserving SRGAN of the report.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: python train_identity.py --crop_size 128 --upscale_factor 8 "
+               "--num_epochs 100")
+    add = parser.add_argument_group("data").add_argument
+    add("--train_dir", default=TRAIN_DIR, help="folder of training photographs")
+    add("--valid_dir", default=VALID_DIR, help="folder of validation photographs")
+    add("--crop_size", type=positive, default=128, help="HR size in px")
+    add("--upscale_factor", type=int, choices=(2, 4, 8), default=8, help="HR size / LR size")
+    add("--crop", choices=("center", "random"), default="center",
+        help="of the 256 px frame: the report's text, or its published code")
+    add("--no_flip", action="store_true", help="no random horizontal flips")
+    add("--cache_gb", type=float, default=4.0,
+        help="GiB of decoded pictures to hold in memory; more are decoded by worker processes")
+    add("--allow_overlap", action="store_true",
+        help="go on although a photograph is in both folders")
+
+    add = parser.add_argument_group("recipe").add_argument
+    add("--recipe", choices=tuple(RECIPES), default="ours",
+        help="sets the flags of this group; report: all as the report's published code")
+    add("--num_epochs", type=positive, default=100, help="epochs in all")
+    add("--pretrain_epochs", type=int,
+        help="the first of them with the pixel loss alone (default: half)")
+    add("--batch_size", type=positive, help="images per update, over all processes")
+    add("--accumulate", type=positive, default=1,
+        help="parts that a batch is computed in, to save memory")
+    add("--lr", type=float, help="Adam's learning rate of the generator")
+    add("--lr_d", type=float, help="and of the discriminator")
+    add("--schedule", choices=("cosine", "constant"), help="of the generator's learning rate")
+    add("--gan_loss", choices=("bce", "relativistic", "hinge", "linear"),
+        help="adversarial loss; linear is 1 - D(x) + D(G(z))")
+    add("--label_smoothing", type=float, help="D's target for real images is 1 minus this")
+    add("--ema", type=float, help="limit of the generator average's decay; 0: no average")
+    add("--lazy", type=positive,
+        help="adversarial and perceptual terms every k-th step, at k times the weight")
+    add("--no_icnr", action="store_true", help="plain initialisation of the sub-pixel blocks")
+    add("--start", help="generator checkpoint to start from instead of a random one")
+    add("--seed", type=int, default=0, help="of weights, order, flips and crops")
+
+    add = parser.add_argument_group("loss (L_pixel + alpha L_content + beta L_GAN + "
+                                    "gamma L_identity)").add_argument
+    add("--preset", choices=tuple(PRESETS), default="identity", help="the report's weightings")
+    add("--alpha", type=float, help="weight of the content loss")
+    add("--beta", type=float, help="weight of the adversarial loss")
+    add("--gamma", type=float, help="weight of the identity loss")
+    add("--vgg_weights", default="imagenet", help="imagenet, random, or a state dict's path")
+    add("--face_weights", default="vggface2",
+        help="vggface2, casia-webface, random, or a state dict's path")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of the networks' arithmetic; auto: fp32 on a CPU, bf16 (or fp16) on CUDA")
+    add("--compile", action="store_true", help="torch.compile both networks")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out_dir", default="epochs", help="folder of the run")
+    add("--valid_every", type=positive, default=1, help="epochs between validations")
+    add("--valid_batch", type=positive, default=20, help="images per validation batch")
+    add("--save_every", type=positive, default=10, help="epochs between netG/netD checkpoints")
+    add("--save_minutes", type=float, default=10, help="minutes between writes of last.pt")
+    add("--resume", action="store_true", help="go on with the run in --out_dir")
+    add("--resume_override", action="store_true", help="... although its flags or data differ")
+    add("--overwrite", action="store_true", help="replace the run in --out_dir")
+    add("--config", help="config.json of a run to repeat; other flags override it")
+    add("--demo", action="store_true",
+        help="a two-minute run on synthetic portraits with random frozen networks")
+
+    first, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**RECIPES[first.recipe])
+    parser.set_defaults(**dict(zip(("alpha", "beta", "gamma"), PRESETS[first.preset])))
+    if first.config:
+        parser.set_defaults(**read_flags(first.config))
+    if first.resume:
+        state = checkpoints.read_run(first.out_dir)
+        parser.set_defaults(**state["progress"]["flags"])
+    args = parser.parse_args(argv)
+    if args.pretrain_epochs is None:
+        args.pretrain_epochs = args.num_epochs // 2
+    return args
+
+
+def positive(text):
+    """argparse type: a whole number from 1 up."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
+def read_flags(path):
+    """The flags in a run's config.json."""
+    try:
+        return dict(json.loads(Path(path).read_text())["flags"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the config.json of a run ({error})") from None
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.demo:
+        demo(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    run_script(main)
