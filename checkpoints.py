@@ -54,10 +54,15 @@ def save_torch(value, path):
         torch.save(value, file)
 
 
+def save_text(text, path):
+    """UTF-8 text, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def save_json(value, path):
     """Indented JSON, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+    save_text(json.dumps(value, indent=2) + "\n", path)
 
 
 def save_csv(table, path):
@@ -161,6 +166,58 @@ def load_generator(path):
 def load_discriminator(path):
     """A Discriminator in eval mode; as `load_generator`."""
     return _load_into(Discriminator(), read_state(path), path)
+
+
+def shipped_generator():
+    """Path of the generator in this repository's `epochs/`: the one of the last epoch.
+
+    Raises InputError if there is none.
+    """
+    found = [(int(match[1]), path) for path in (Path(__file__).parent / "epochs").glob("*.pth")
+             if (match := re.fullmatch(r"netG_epoch_8_(\d+)\.pth", path.name))]
+    if not found:
+        raise InputError("epochs/ holds no netG_epoch_8_*.pth; train one or name a --checkpoint")
+    return max(found)[1]
+
+
+def parse_blend(text):
+    """`B.pth:0.3` -> (path, weight of B). Raises InputError on any other form."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        weight = float(weight)
+    except ValueError:
+        colon = ""
+    if not (colon and path and 0 <= weight <= 1):
+        raise InputError(f"--blend {text}: give B.pth:0.3, a checkpoint and its weight in [0, 1]")
+    return path, weight
+
+
+def load_blend(path_a, path_b, weight):
+    """Network interpolation (Wang et al. 2018, ESRGAN sec. 3.4): (1 - weight) A + weight B.
+
+    -> Generator in eval mode. Weights of networks with different pasts do not add up to a network,
+    so both runs must have been fine-tuned from the same generator (`--start`), which the
+    config.json beside each checkpoint tells. Raises InputError if they were not.
+    """
+    starts = [_start_of(path) for path in (path_a, path_b)]
+    if starts[0] is None or starts[0] != starts[1]:
+        raise InputError(f"{path_a} and {path_b} cannot be blended: by the config.json beside them "
+                         "they were not fine-tuned from the same --start generator")
+    netG, other = load_generator(path_a), load_generator(path_b).state_dict()
+    if netG.state_dict().keys() != other.keys():
+        raise InputError(f"{path_a} and {path_b} have different upscale factors")
+    netG.load_state_dict({key: torch.lerp(value, other[key], weight)
+                          if value.is_floating_point() else value
+                          for key, value in netG.state_dict().items()})
+    return netG
+
+
+def _start_of(path):
+    """Digest of the generator that a checkpoint's run started from; None if nothing tells."""
+    try:
+        return json.loads(Path(path).with_name("config.json").read_text())["start"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""From a folder of face photographs to (LR, HR) pairs, as in the report's "Dataset and Preprocessing".
+"""From photographs of faces to (LR, HR) pairs: the report's "Dataset and Preprocessing".
 
 A photograph is brought to 256 px on its shorter side, cropped to `crop_size` (128) and downscaled
 bicubically by `upscale_factor` (8); both pictures are rounded to 8 bit, as real files are.
@@ -21,9 +21,9 @@ TRAIN_DIR = "data/DIV2K_train_HR"
 VALID_DIR = "data/DIV2K_valid_HR"
 FRAME = 256  # px of the report's photographs, on the shorter side
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-# What Pillow may try on a file, whatever its suffix: nothing that runs other programs. MPO is the
-# JPEG of many phones.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
+# What Pillow may try on a file, whatever its suffix: nothing that runs other programs. JPEG takes
+# in MPO, the JPEG of many phones.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
 # read_image refuses what this warns of
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -47,7 +47,7 @@ def run_script(main):
 
 
 def list_images(folder, flag):
-    """Sorted paths of the image files in `folder`; subfolders, hidden and other files are passed by.
+    """Sorted paths of the images in `folder`; subfolders, hidden and other files are passed by.
 
     `flag` is the command-line flag that names the folder. Raises InputError if there is none.
     """

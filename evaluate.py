@@ -1,11 +1,34 @@
-"""The report's "Evaluation Metrics": PSNR-Y, SSIM and the cosine of face embeddings."""
+"""The report's "Evaluation Metrics" on checkpoints: PSNR-Y, SSIM, cosine of face embeddings.
 
+    python evaluate.py                                    # the shipped generator
+    python evaluate.py --checkpoint epochs/netG_epoch_8_100.pth --data_dir data/DIV2K_valid_HR
+
+Beyond the report: recognition (is the restored face still found among all faces?), judges that
+training never saw, 95 % bootstrap intervals, and paired differences between models.
+"""
+
+import argparse
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytorch_ssim
 import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
-from loss_identity import embed
+import checkpoints
+import figures
+from data_utils import VALID_DIR, InputError, ValidDatasetFromFolder, run_script, to_image
+from loss_identity import embed, load_face_network
+
+RESAMPLES = 10_000
+
+
+# ---------------------------------------------------------------------------------------------
+# The metrics
 
 
 def luma(images):
@@ -27,7 +50,10 @@ class _FlooredInt(int):
 
 
 def ssim(sr, hr):
-    """Mean SSIM per image (Wang et al. 2004; pytorch-ssim: RGB, 11x11 Gaussian, sigma 1.5) -> (N,)."""
+    """Mean SSIM per image (Wang et al. 2004), by pytorch-ssim: RGB, 11x11 Gaussian, sigma 1.5.
+
+    (N, 3, H, W) in [0, 1] twice -> (N,).
+    """
     return pytorch_ssim.ssim(sr.float(), hr.float(), window_size=_FlooredInt(11),
                              size_average=False)
 
@@ -35,6 +61,41 @@ def ssim(sr, hr):
 def cosine(embeddings_a, embeddings_b):
     """Cosine similarity of embeddings, row by row: (N, D) twice -> (N,) in [-1, 1]."""
     return F.cosine_similarity(embeddings_a.float(), embeddings_b.float())
+
+
+def recognition(probes, gallery):
+    """How well faces are recognised: row i of both (n, D) embedding arrays is the same person.
+
+    -> rank-1 and rank-5 identification rate of each probe among the whole gallery, and of all
+    n * n pairs the verification AUC and the TAR at a FAR of 1 %; all in [0, 1].
+    """
+    probes, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (probes, gallery))
+    similarity = probes @ gallery.T
+    genuine = np.diag(similarity)
+    rank = (similarity > genuine[:, None]).sum(1)  # gallery faces that come before the right one
+    impostors = np.sort(similarity[~np.eye(len(similarity), dtype=bool)])
+    below = np.searchsorted(impostors, genuine, "left")
+    equal = np.searchsorted(impostors, genuine, "right") - below
+    # accept what exceeds the threshold: at most 1 % of the impostor pairs do
+    threshold = impostors[len(impostors) - 1 - int(0.01 * len(impostors))] if len(impostors) else 0
+    return {"rank1": (rank < 1).mean(), "rank5": (rank < 5).mean(),
+            "auc": ((below + equal / 2) / max(1, len(impostors))).mean(),
+            "tar_at_far_1": (genuine > threshold).mean()}
+
+
+def bootstrap(values, seed=0, resamples=RESAMPLES):
+    """95 % percentile interval of the mean under resampling of images: (n,) -> (low, high).
+
+    The same seed draws the same images, so that differences of two models' values are paired.
+    """
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=(max(1, resamples // 100), len(values)))].mean(1)
+             for _ in range(100)]  # a hundredth at a time: the draws of 30,000 images fit in memory
+    return tuple(np.percentile(np.concatenate(means), [2.5, 97.5]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Running the models
 
 
 def batches(dataset, batch_size, device, indices=None):
@@ -59,7 +120,7 @@ def batches(dataset, batch_size, device, indices=None):
 def validate(netG, netD, dataset, face_network, known_embeddings, batch_size, device, indices):
     """What training logs of its validation images after an epoch.
 
-    -> (n, 6) tensor, one row per index: PSNR-Y (dB), SSIM, cosine, D(x), D(G(z)) as logits, and
+    -> (n, 6) tensor, one row per index: PSNR-Y (dB), SSIM, cosine, D's logits of HR and of SR, and
     the index. `known_embeddings` keeps HR's embeddings between epochs ({index: (512,)}). The
     networks are put into eval mode and left there.
     """
@@ -76,3 +137,236 @@ def validate(netG, netD, dataset, face_network, known_embeddings, batch_size, de
                                  netD(hr).float(), netD(sr).float(),
                                  torch.tensor(group, device=device).float()], dim=1))
     return torch.cat(rows) if rows else torch.empty(0, 6, device=device)
+
+
+def load_judge(name):
+    """A face network that training never saw, as images (N, 3, H, W) in [0, 1] -> (N, D).
+
+    `name`: casia-webface, or a TorchScript or torch.export file that maps (N, 3, 160, 160) in
+    [-1, 1] to embeddings. Raises InputError if it cannot be loaded or does not do that.
+    """
+    if name in ("casia-webface", "vggface2", "random"):
+        network = load_face_network(name)
+    elif not Path(name).is_file():
+        raise InputError(f"--judge {name}: no such file; give casia-webface or the path of a "
+                         "TorchScript or torch.export file")
+    else:
+        try:
+            network = torch.jit.load(name, map_location="cpu").eval()
+        except Exception:  # not TorchScript
+            try:
+                network = torch.export.load(name).module()
+            except Exception:  # nor an exported program: each raises what it likes
+                raise InputError(f"--judge {name}: neither a TorchScript nor a torch.export "
+                                 "file") from None
+    try:
+        with torch.no_grad():
+            shape = network(torch.zeros(2, 3, 160, 160)).shape
+    except Exception as error:
+        raise InputError(f"--judge {name}: fails on a 2 x 3 x 160 x 160 batch: "
+                         f"{str(error).splitlines()[0]}") from None
+    if len(shape) != 2 or shape[0] != 2:
+        raise InputError(f"--judge {name}: gives {tuple(shape)} for two faces, not (2, D)")
+    return network
+
+
+@torch.no_grad()
+def measure(models, dataset, embedders, batch_size, device):
+    """Every model on every image -> (per-image table, {(model, embedder): (n, D) array}).
+
+    models: {name: function of (LR, bicubic, HR) -> SR}; embedders: {name: network}, the training
+    embedder first, under the name "cosine", then judges.
+    """
+    rows, vectors = [], {(m, e): [] for m in models for e in embedders}
+    bar = tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=None)
+    for group, lr, restored, hr in batches(dataset, batch_size, device):
+        of_hr = {e: embed(network, hr) for e, network in embedders.items()}
+        for name, model in models.items():
+            sr = model(lr, restored, hr).float()
+            columns = {"psnr_y": psnr_y(sr, hr), "ssim": ssim(sr, hr)}
+            for e, network in embedders.items():
+                of_sr = of_hr[e] if sr is hr else embed(network, sr)
+                columns[e] = cosine(of_sr, of_hr[e])
+                vectors[name, e].append(of_sr.float().cpu().numpy())
+            values = pd.DataFrame({k: v.cpu().double().numpy() for k, v in columns.items()})
+            values.insert(0, "image", [dataset.files[i].name for i in group])
+            values.insert(0, "model", name)
+            rows.append(values)
+        bar.update(len(group))
+    bar.close()
+    table = pd.concat(rows, ignore_index=True)
+    return table, {key: np.concatenate(value) for key, value in vectors.items()}
+
+
+def summarise(per_image, vectors, seed):
+    """One row per model: means with their 95 % intervals, the pooled PSNR-Y, recognition.
+
+    Pooled is the report's way: the PSNR of the mean squared error over all images.
+    """
+    metrics = [c for c in per_image.columns if c not in ("model", "image")]
+    rows = []
+    for name, table in per_image.groupby("model", sort=False):
+        row = {"model": name, "n": len(table)}
+        for metric in metrics:
+            values = table[metric].to_numpy()
+            mean = values.mean()  # infinite for the PSNR of HR with itself
+            low, high = bootstrap(values, seed) if np.isfinite(mean) else (mean, mean)
+            row |= {metric: mean, f"{metric}_low": low, f"{metric}_high": high}
+        row["psnr_y_pooled"] = -10 * np.log10(np.mean(10 ** (-table["psnr_y"] / 10)) or np.nan)
+        for e in metrics[2:]:
+            rates = recognition(vectors[name, e], vectors["HR", e])
+            suffix = e.removeprefix("cosine")  # of a judge: _casia-webface
+            row |= {f"{rate}{suffix}": value for rate, value in rates.items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def differences(per_image, seed):
+    """Every pair of models, metric by metric: the mean paired difference with its interval."""
+    metrics = [c for c in per_image.columns if c not in ("model", "image")]
+    names = [m for m in per_image["model"].unique() if m != "HR"]
+    rows = []
+    for a, b in combinations(names, 2):
+        of_a, of_b = (per_image[per_image["model"] == m].set_index("image") for m in (a, b))
+        for metric in metrics:
+            values = (of_b[metric] - of_a[metric]).to_numpy()
+            low, high = bootstrap(values, seed)
+            rows.append({"model": b, "minus": a, "metric": metric, "difference": values.mean(),
+                         "low": low, "high": high, "larger_than_chance": low > 0 or high < 0})
+    return pd.DataFrame(rows)
+
+
+def markdown(summary, labels):
+    """The summary as a Markdown table, figures with their intervals, and what measured them."""
+    metrics = [c for c in summary.columns if f"{c}_low" in summary.columns]
+    rates = [c for c in summary.columns if c.startswith(("rank", "auc", "tar"))]
+    head = ["model", "n", *metrics, "psnr_y_pooled", *rates]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for _, row in summary.iterrows():
+        cells = [row["model"], str(row["n"])]
+        for metric in metrics:
+            digits = 2 if metric == "psnr_y" else 4
+            cells.append(f"{row[metric]:.{digits}f} [{row[metric + '_low']:.{digits}f}, "
+                         f"{row[metric + '_high']:.{digits}f}]")
+        cells.append(f"{row['psnr_y_pooled']:.2f}")
+        cells += [f"{row[rate]:.3f}" for rate in rates]
+        lines.append("| " + " | ".join(cells) + " |")
+    measured = "; ".join(f"{name}: {label}" for name, label in labels.items())
+    return "\n".join([*lines, "", f"PSNR-Y in dB; [95 % bootstrap interval]; {measured}", ""])
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+
+
+def load_models(args, device):
+    """({name: function}, upscale factor) of bicubic, the checkpoints, the blends and HR."""
+    paths = args.checkpoint or [checkpoints.shipped_generator()]
+    networks = {}
+    for path in paths:
+        name = Path(path).stem
+        networks[str(path) if name in networks else name] = checkpoints.load_generator(path)
+    for text in args.blend:
+        other, weight = checkpoints.parse_blend(text)
+        networks[f"{Path(paths[0]).stem}+{weight:g}*{Path(other).stem}"] = checkpoints.load_blend(
+            paths[0], other, weight)
+    factors = {name: netG.scale_factor for name, netG in networks.items()}
+    if len(set(factors.values())) > 1:
+        raise InputError(f"checkpoints of different upscale factors {factors}; evaluate one "
+                         "factor at a time")
+    models = {"bicubic": lambda lr, restored, hr: restored}
+    for name, netG in networks.items():
+        netG.to(device, memory_format=torch.channels_last)
+        models[name] = lambda lr, restored, hr, netG=netG: netG(lr)
+    models["HR"] = lambda lr, restored, hr: hr
+    return models, next(iter(factors.values()))
+
+
+@torch.no_grad()
+def picture_rows(models, dataset, per_image, device):
+    """Best, median and worst images by cosine of the last model, for `figures.save_comparison`."""
+    shown = [name for name in models if name not in ("bicubic", "HR")]
+    ranked = per_image[per_image["model"] == shown[-1]].sort_values("cosine")["image"].tolist()
+    n = len(ranked)
+    picks = {"best": ranked[-1], "median": ranked[n // 2], "worst": ranked[0]}
+    names = [path.name for path in dataset.files]
+    rows = []
+    for label, image in list(picks.items())[:n]:
+        _, lr, restored, hr = next(batches(dataset, 1, device, [names.index(image)]))
+        row = {"label": label, "images": [to_image(lr[0])], "captions": [""]}
+        for name, model in models.items():
+            row["images"].append(to_image(model(lr, restored, hr)[0]))
+            scores = per_image[(per_image["model"] == name) & (per_image["image"] == image)].iloc[0]
+            row["captions"].append("" if name == "HR" else
+                                   f"cos {scores['cosine']:.2f}  {scores['psnr_y']:.1f} dB")
+        rows.append(row)
+    return rows
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description="PSNR-Y, SSIM, cosine and recognition of generators, against bicubic.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: python evaluate.py --checkpoint epochs/netG_epoch_8_100.pth "
+               "--data_dir data/DIV2K_valid_HR --out_dir results")
+    add = parser.add_argument_group("what").add_argument
+    add("--checkpoint", nargs="+", default=[], metavar="PTH",
+        help="generators to evaluate (default: the shipped one in epochs/)")
+    add("--blend", action="append", default=[], metavar="B.pth:0.3",
+        help="also 0.7 of the first checkpoint's weights and 0.3 of B's; may be repeated")
+    add("--data_dir", default=VALID_DIR, help="folder of photographs")
+    add("--crop_size", type=int, default=128, help="HR size in px; 0: whole frames")
+    add = parser.add_argument_group("how").add_argument
+    add("--face_weights", default="vggface2",
+        help="embedder of the cosine: vggface2, casia-webface, random, or a state dict's path")
+    add("--judge", action="append", default=[], metavar="NAME|PATH",
+        help="a further face network: casia-webface, or a TorchScript or torch.export file; may "
+             "be repeated")
+    add("--batch_size", type=int, default=20, help="images per batch")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--cache_gb", type=float, default=4.0, help="GiB of decoded pictures to hold in memory")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--out_dir", default="results", help="folder of the tables and the picture")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    cuda = torch.cuda.is_available() and args.device != "cpu"
+    if args.device == "cuda" and not cuda:
+        raise InputError("--device cuda: no CUDA here; use --device cpu")
+    device, folder = torch.device("cuda" if cuda else "cpu"), Path(args.out_dir)
+    models, factor = load_models(args, device)
+    dataset = ValidDatasetFromFolder(args.data_dir, args.crop_size, factor, args.cache_gb,
+                                     "--data_dir")
+    embedders = {"cosine": load_face_network(args.face_weights)}
+    labels = {"cosine": f"InceptionResnetV1 {embedders['cosine'].label}"}
+    for judge in args.judge:
+        name = f"cosine_{Path(judge).stem}"
+        embedders[name] = load_judge(judge)
+        labels[name] = getattr(embedders[name], "label", judge)
+    for network in embedders.values():
+        network.to(device)
+
+    per_image, vectors = measure(models, dataset, embedders, args.batch_size, device)
+    summary = summarise(per_image, vectors, args.seed)
+    summary["networks"] = "; ".join(labels.values())
+    pairs = differences(per_image, args.seed)
+    text = markdown(summary, labels)
+    checkpoints.save_csv(per_image, folder / "per_image.csv")
+    checkpoints.save_csv(summary, folder / "summary.csv")
+    checkpoints.save_csv(pairs, folder / "differences.csv")
+    checkpoints.save_text(text, folder / "summary.md")
+    figures.save_comparison(folder / "comparison.png", ["LR", *models],
+                            picture_rows(models, dataset, per_image, device))
+    print(text)
+    for _, pair in pairs.iterrows():
+        verdict = "larger than chance" if pair["larger_than_chance"] else "within chance"
+        print(f"{pair['model']} - {pair['minus']}: {pair['metric']} {pair['difference']:+.4f} "
+              f"[{pair['low']:+.4f}, {pair['high']:+.4f}], {verdict}")
+    print(f"wrote summary.csv, summary.md, differences.csv, per_image.csv and comparison.png to "
+          f"{folder}/")
+
+
+if __name__ == "__main__":
+    run_script(main)

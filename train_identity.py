@@ -227,7 +227,7 @@ def set_up_machine(args):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine or this PyTorch has no CUDA; use --device cpu")
+        raise InputError("--device cuda: no CUDA here; use --device cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these three
     rank = int(os.environ.get("RANK", 0))
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
@@ -262,7 +262,7 @@ def load_data(args):
     """(training set, validation set), checked; says so when the crop size is floored."""
     crop = valid_crop_size(args.crop_size, args.upscale_factor)
     if crop != args.crop_size:
-        say(f"--crop_size {args.crop_size} is not a multiple of {args.upscale_factor}: using {crop}")
+        say(f"--crop_size {args.crop_size} is no multiple of {args.upscale_factor}: using {crop}")
     train = TrainDatasetFromFolder(args.train_dir, crop, args.upscale_factor, args.crop, args.seed,
                                    args.cache_gb)
     valid = ValidDatasetFromFolder(args.valid_dir, crop, args.upscale_factor, args.cache_gb)
@@ -474,8 +474,9 @@ def dead_discriminator(row):
 def summary_line(row, args):
     """One epoch in one line."""
     left = (args.num_epochs - row["Epoch"]) * row["Seconds"]
-    line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): PSNR-Y {row['PSNR']:.2f} dB, "
-            f"SSIM {row['SSIM']:.4f}, cosine {row['Cosine']:.4f}, pixel {row['Pixel']:.5f}")
+    line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): "
+            f"PSNR-Y {row['PSNR']:.2f} dB, SSIM {row['SSIM']:.4f}, cosine {row['Cosine']:.4f}, "
+            f"pixel {row['Pixel']:.5f}")
     if row["Phase"] == "gan":
         line += (f", D(x) {row['Score_D']:.3f}, D(G(z)) {row['Score_G']:.3f}, "
                  f"D accuracy {row['D_accuracy']:.2f}, gradient ratio {row['Gradient_ratio']:.2g}")

@@ -1,0 +1,356 @@
+"""Upscale small face pictures, or the faces in photographs, with a trained generator.
+
+    python super_resolve.py face.png folder/ --out_dir out           # pictures that are a face
+    python super_resolve.py party.jpg --detect --out_dir out         # faces in a larger photo
+    python super_resolve.py face.png --checkpoint epochs/netG_epoch_8_100.pth --compare
+
+`face.png` gives `face_sr.png`; `party.jpg` gives `party_face1.png`, ... and `party_restored.png`.
+A further input of the same name, from another folder or with another suffix, counts on: `face_2`.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+
+import checkpoints
+import figures
+from data_utils import InputError, list_images, read_image, run_script, to_image, to_rgb, to_tensor
+
+CROP = 128    # px of the HR pictures that the networks are trained on
+LARGE = 128   # px; a longer side than this is probably no small face picture
+LIMIT = 512   # px; 8x of it is a file of 4096 px
+PIXELS = 2 ** 15  # LR px to compute at a time: 1 to 2 GB of activations at 8x
+REACH = 18    # LR px to each side that an output pixel depends on (the most over all factors)
+SMALLEST = 20  # px of the smallest face looked for, MTCNN's default: about the LR size at 8x
+SURE = 0.95   # MTCNN's probability; faces of 32 px and more score above 0.99, flukes below 0.95
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def find_inputs(arguments, fail):
+    """Pictures and folders -> paths in that order, each once; fail(error) for an empty folder."""
+    paths = {}
+    for argument in map(Path, arguments):
+        try:
+            found = list_images(argument, "the argument") if argument.is_dir() else [argument]
+        except InputError as error:
+            fail(error)
+            continue
+        paths.update((path.resolve(), path) for path in found if path.resolve() not in paths)
+    return list(paths.values())
+
+
+def unique_stems(paths):
+    """A stem for the outputs of each path: its own, or with _2, _3, ... where that is taken.
+
+    Every output adds an ending of its own to a stem, so unique stems make unique files.
+    """
+    stems, taken = [], set()
+    for path in paths:
+        stem, n = path.stem, 1
+        while stem.lower() in taken:  # macOS and Windows ignore case
+            n += 1
+            stem = f"{path.stem}_{n}"
+        taken.add(stem.lower())
+        stems.append(stem)
+    return stems
+
+
+def split_alpha(image):
+    """A PIL picture of any mode -> (RGB picture, alpha channel (L) or None).
+
+    Colours are taken as they are, not laid on white as for training: alpha is put back later.
+    """
+    transparent = "transparency" in image.info and image.mode != "I;16"  # would turn white
+    if transparent or image.mode in ("RGBA", "LA", "PA", "RGBa"):
+        image = image.convert("RGBA")
+        return image.convert("RGB"), image.getchannel("A")
+    return to_rgb(image), None
+
+
+def like_original(rgb, original, alpha=None):
+    """An RGB result -> grey if `original` is grey; with `alpha` (L), resized bicubically.
+
+    The colour profile is kept: without it a phone's wide-gamut colours would turn dull.
+    """
+    grey = original.mode in ("1", "L", "LA", "F") or original.mode.startswith("I")
+    result = rgb.convert("L") if grey else rgb.copy()
+    if alpha is not None:
+        result.putalpha(alpha.resize(rgb.size, Image.Resampling.BICUBIC))
+    if original.mode != "CMYK" and "icc_profile" in original.info:
+        result.info["icc_profile"] = original.info["icc_profile"]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# The network
+
+
+def super_resolve(generator, pictures, batch_size):
+    """RGB pictures (PIL) of any sizes -> RGB pictures, `generator.scale_factor` times as large.
+
+    Pictures of equal size are computed together, `batch_size` or less at a time.
+    """
+    device = next(generator.parameters()).device
+    by_size = {}
+    for index, picture in enumerate(pictures):
+        by_size.setdefault(picture.size, []).append(index)
+    results = [None] * len(pictures)
+    for (width, height), indices in by_size.items():
+        n = max(1, min(batch_size, PIXELS // (width * height)))
+        for part in (indices[i:i + n] for i in range(0, len(indices), n)):
+            lr = torch.stack([to_tensor(pictures[i]) for i in part])
+            lr = lr.to(device, memory_format=torch.channels_last)
+            for index, sr in zip(part, upscale(generator, lr)):
+                results[index] = to_image(sr)
+    return results
+
+
+@torch.inference_mode()
+def upscale(generator, lr):
+    """generator(lr), a strip of rows at a time if lr is large: (N, 3, h, w) -> (N, 3, s*h, s*w)."""
+    s, height, strips = generator.scale_factor, lr.shape[2], []
+    rows = max(REACH, PIXELS // (lr.shape[0] * lr.shape[3]))
+    for top in range(0, height, rows):
+        above = min(top, REACH)
+        sr = generator(lr[:, :, top - above:top + rows + REACH])
+        strips.append(sr[:, :, above * s:(above + rows) * s])
+    return torch.cat(strips, dim=2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Faces in a photograph
+
+
+def find_faces(detector, photo):
+    """RGB photo -> the `face_square` of each face, large ones first. `detector`: an MTCNN."""
+    if min(photo.size) < SMALLEST:  # MTCNN fails on what is smaller than its smallest face
+        return []
+    _, probabilities, landmarks = detector.detect(photo, landmarks=True)
+    if landmarks is None:
+        return []
+    return [face_square(np.asarray(points, dtype=float))
+            for points, sure in zip(landmarks, probabilities) if sure >= SURE]
+
+
+def face_square(points):
+    """Landmarks -> the square that is a training picture of that face: (x, y, side, angle).
+
+    points: (5, 2) px: the eyes (left one in the photo first), nose, corners of the mouth. (x, y):
+    the centre; side in px; angle in radians, clockwise. Training pictures are the central half of
+    CelebA-HQ's frame, and this is how that frame is laid (Karras et al. 2018, appendix C): 4 eye
+    distances wide, or 3.6 times eyes to mouth where a turned head brings the eyes together. Check:
+    MTCNN's landmarks in 100 frames of 256 px (their eyes 64.5 px apart, at 0.44 of the central
+    crop's height) give a centre of (128.6, 127.4), a side of 131 +- 4 and an angle of 0.0 +- 0.9
+    degrees; the training crop is (128, 128), 128, 0.
+    """
+    eyes, mouth = points[:2].mean(0), points[3:].mean(0)
+    across, down = points[1] - points[0], mouth - eyes
+    x, y = eyes + 0.1 * down
+    side = max(2.0 * np.hypot(*across), 1.8 * np.hypot(*down))
+    right = across + [down[1], -down[0]]  # both say which way is right; their sum is steadier
+    return float(x), float(y), float(side), math.atan2(right[1], right[0])
+
+
+def placement(square, size):
+    """(3, 3) matrix: px of the `size` x `size` face -> px of the photo that it was cut from."""
+    x, y, side, angle = square
+    cos, sin = math.cos(angle) * side / size, math.sin(angle) * side / size
+    return np.array([[cos, -sin, x - (cos - sin) * size / 2],
+                     [sin, cos, y - (sin + cos) * size / 2],
+                     [0, 0, 1]])
+
+
+def warp(image, matrix, size):
+    """PIL picture -> one of `size`, whose pixel p shows `matrix` @ p (bicubic); black outside."""
+    return image.transform(size, Image.Transform.AFFINE, matrix[:2].ravel(),
+                           Image.Resampling.BICUBIC)
+
+
+def cut_face(image, square, size):
+    """The upright face in `square` of a PIL picture as `size` x `size` px, antialiased.
+
+    Where the square leaves the picture, its edge is repeated.
+    """
+    side = max(1, round(square[2]))  # first cut pixel by pixel, then resize, which antialiases
+    pixels = np.asarray(image)
+    padded = np.pad(pixels, [(side, side)] * 2 + [(0, 0)] * (pixels.ndim - 2), mode="edge")
+    matrix = placement(square, side)
+    matrix[:2, 2] += side
+    face = warp(Image.fromarray(padded), matrix, (side, side))
+    return face.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def paste_face(photo, face, square):
+    """`photo` with `face` put back into `square`; a soft edge, and nothing changed outside."""
+    side = max(1, round(square[2]))
+    soft = max(1, side // 16)  # narrow: the mouth lies at 0.96 of the height
+    mask = Image.new("L", (side, side), 0)
+    ImageDraw.Draw(mask).rectangle([soft, soft, side - 1 - soft, side - 1 - soft], fill=255)
+    mask = mask.filter(ImageFilter.GaussianBlur(soft / 2))
+    matrix = np.linalg.inv(placement(square, side))
+    face = face.resize((side, side), Image.Resampling.BICUBIC)
+    return Image.composite(warp(face, matrix, photo.size), photo, warp(mask, matrix, photo.size))
+
+
+# ---------------------------------------------------------------------------------------------
+# From file to files
+
+
+def prepare(path, stem, detector, lr_size):
+    """Read one file -> all that is known of it; `.lr`: the RGB pictures to super-resolve.
+
+    Raises InputError naming the file: unreadable, too large, or without a face.
+    """
+    original = read_image(path, keep_mode=True)
+    try:
+        rgb, alpha = split_alpha(original)
+    except ValueError as error:  # a colour space that Pillow reads but does not convert
+        raise InputError(f"{path}: {error}") from None
+    if detector is None and max(rgb.size) > LIMIT:
+        raise InputError(f"{path}: {rgb.width}x{rgb.height} px is no small face picture (limit: "
+                         f"{LIMIT}); --detect finds the faces in a photo")
+    lr, squares = [rgb], []
+    if detector is not None:
+        squares = find_faces(detector, rgb)
+        if not squares:
+            raise InputError(f"{path}: no face found, nothing written")
+        lr = [cut_face(rgb, square, lr_size) for square in squares]
+    return SimpleNamespace(path=path, stem=stem, original=original, rgb=rgb, alpha=alpha,
+                           squares=squares, lr=lr)
+
+
+def results(job, faces):
+    """The pictures to write, by the ending of their names, and a remark for the user.
+
+    faces: the super-resolved `job.lr`.
+    """
+    if not job.squares:
+        large = max(job.rgb.size) > LARGE
+        return ({"sr": like_original(faces[0], job.original, job.alpha)},
+                "; large for a face picture: --detect finds the faces in a photo" * large)
+    pictures, restored = {}, job.rgb
+    for n, (face, square) in enumerate(zip(faces, job.squares), 1):
+        alpha = job.alpha and cut_face(job.alpha, square, face.width)
+        pictures[f"face{n}"] = like_original(face, job.original, alpha)
+        restored = paste_face(restored, face, square)
+    pictures["restored"] = like_original(restored, job.original, job.alpha)
+    sides = [round(square[2]) for square in job.squares]
+    remark = f"; {', '.join(map(str, sides))} px in the photo, {job.lr[0].width} for the network"
+    if max(sides) > faces[0].width:
+        remark += f"; more than the {faces[0].width} px that come out: the photo shows more detail"
+    return pictures, remark
+
+
+def comparison(job, faces):
+    """Input (nearest) | bicubic | output, a row for each face."""
+    rows = [[lr.resize(face.size, Image.Resampling.NEAREST),
+             lr.resize(face.size, Image.Resampling.BICUBIC), like_original(face, job.original)]
+            for lr, face in zip(job.lr, faces)]
+    return figures.grid(rows, ("input", "bicubic", "output"))
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def load_network(args):
+    """The generator that the flags ask for, on the device that they ask for."""
+    cuda = torch.cuda.is_available() and args.device != "cpu"
+    if args.device == "cuda" and not cuda:
+        raise InputError("--device cuda: no CUDA here; use --device cpu")
+    path = args.checkpoint or checkpoints.shipped_generator()
+    if args.blend:
+        generator = checkpoints.load_blend(path, *checkpoints.parse_blend(args.blend))
+    else:
+        generator = checkpoints.load_generator(path)
+    return generator.to("cuda" if cuda else "cpu", memory_format=torch.channels_last)
+
+
+def parse(argv):
+    """The command line -> argparse.Namespace."""
+    parser = argparse.ArgumentParser(
+        description="Upscale small face pictures, or the faces in photographs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: python super_resolve.py party.jpg --detect --compare --out_dir out")
+    parser.add_argument("inputs", nargs="+", help="pictures, and folders of pictures")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out_dir", default="out", help="folder for the PNG files")
+    add("--compare", action="store_true",
+        help="also write input | bicubic | output side by side (NAME_compare.png)")
+
+    add = parser.add_argument_group("faces").add_argument
+    add("--detect", action="store_true",
+        help=f"the inputs are photographs: find the faces in them (from {SMALLEST} px), write each "
+             "(NAME_face1.png) and the photo with all of them put back (NAME_restored.png)")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--checkpoint", help="generator (.pth), which also says the factor; None: the shipped one")
+    add("--blend", metavar="B.pth:WEIGHT",
+        help="interpolate the weights: 1 - WEIGHT of the checkpoint's, WEIGHT of B's")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--batch_size", type=int, default=16, help="pictures of equal size computed together")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error("--batch_size must be 1 or more")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    failed = []
+
+    def fail(error):
+        failed.append(error)
+        print(f"error: {error}", file=sys.stderr)
+
+    out_dir, paths = Path(args.out_dir), find_inputs(args.inputs, fail)
+    if out_dir.resolve() in {path.resolve().parent for path in paths}:
+        raise InputError(f"--out_dir {out_dir} holds an input, which an output might overwrite; "
+                         "choose another folder")
+    generator = load_network(args)
+    detector = None
+    if args.detect:
+        from facenet_pytorch import MTCNN  # slow to import, and only needed here
+        detector = MTCNN(keep_all=True, min_face_size=SMALLEST,
+                         device=next(generator.parameters()).device)
+    print(f"warning: faces restored {generator.scale_factor}x are plausible, not evidence: what "
+          "the network adds was not in the picture. Never identify a person by it", file=sys.stderr)
+
+    files = list(zip(paths, unique_stems(paths)))
+    step = 1 if args.detect else args.batch_size  # photos are large: one in memory at a time
+    for start in range(0, len(files), step):
+        jobs = []
+        for path, stem in files[start:start + step]:
+            try:
+                jobs.append(prepare(path, stem, detector, CROP // generator.scale_factor))
+            except InputError as error:
+                fail(error)
+        all_faces = super_resolve(generator, [lr for job in jobs for lr in job.lr],
+                                  args.batch_size)
+        for job in jobs:
+            faces = [all_faces.pop(0) for _ in job.lr]
+            pictures, remark = results(job, faces)
+            if args.compare:
+                pictures["compare"] = comparison(job, faces)
+            written = {out_dir / f"{job.stem}_{ending}.png": p for ending, p in pictures.items()}
+            for path, picture in written.items():
+                figures.save_image(picture, path)
+            print(f"{job.path} -> {', '.join(map(str, written))}{remark}", flush=True)
+    if failed:
+        raise InputError(f"{len(failed)} input(s) could not be used, see above")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,371 @@
+"""super_resolve.py on tiny pictures; what is expected comes from Pillow and from the Generator."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import figures
+import super_resolve
+from data_utils import InputError, run_script
+from model import Generator
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def random_generator(factor, seed=0):
+    torch.manual_seed(seed)
+    generator = Generator(factor).eval()
+    with torch.no_grad():
+        generator.last.weight.mul_(5)  # else all that it draws is middle grey
+    return generator
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """(checkpoint of a 4x generator, the generator)."""
+    path = tmp_path_factory.mktemp("network") / "netG.pth"
+    generator = random_generator(4)
+    checkpoints.save_torch(generator.state_dict(), path)
+    return path, generator
+
+
+def picture(width, height, seed=0, channels=3):
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+
+
+def save(image, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def by_hand(generator, image):
+    """The generator on an RGB picture -> (H, W, 3) array in 0...255, not rounded."""
+    lr = torch.tensor(np.asarray(image.convert("RGB"))).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        return generator(lr)[0].permute(1, 2, 0).numpy() * 255
+
+
+def run(network, out, *argv):
+    super_resolve.main([*map(str, argv), "--out_dir", str(out), "--checkpoint", str(network[0]),
+                        "--device", "cpu"])
+
+
+def close(image, expected, within=1.0):
+    return np.abs(np.asarray(image, dtype=float) - expected).max() <= within
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_output_is_the_generators(network, tmp_path, batch_size, capsys):
+    sizes = [(8, 8), (9, 5), (8, 8), (1, 1), (8, 8)]
+    pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
+    for i, image in enumerate(pictures):
+        save(image, tmp_path / f"in/{i}.png")
+    run(network, tmp_path / "out", tmp_path / "in", "--batch_size", batch_size)
+    for i, image in enumerate(pictures):
+        sr = Image.open(tmp_path / f"out/{i}_sr.png")
+        assert sr.mode == "RGB" and sr.size == (4 * image.width, 4 * image.height)
+        assert close(sr, by_hand(network[1], image))
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert len(lines) == 5
+    assert all(f"{i}.png" in line and f"{i}_sr.png" in line for i, line in enumerate(lines))
+    assert said.err.count("plausible, not evidence") == 1
+
+
+def test_the_checkpoint_says_the_factor_and_the_shipped_one_is_the_default(tmp_path, monkeypatch):
+    generator, path = random_generator(2), tmp_path / "netG.pth"
+    checkpoints.save_torch(generator.state_dict(), path)
+    monkeypatch.setattr(checkpoints, "shipped_generator", lambda: path)
+    image = picture(6, 7)
+    super_resolve.main([str(save(image, tmp_path / "a.png")), "--out_dir", str(tmp_path / "out")])
+    assert close(Image.open(tmp_path / "out/a_sr.png"), by_hand(generator, image))
+
+
+def test_a_large_picture_in_strips_is_the_whole(network, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(super_resolve, "PIXELS", 400)
+    image = picture(20, 130)
+    run(network, tmp_path / "out", save(image, tmp_path / "a.png"))
+    assert close(Image.open(tmp_path / "out/a_sr.png"), by_hand(network[1], image))
+    assert "large for a face picture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [2, 16])
+def test_reach_covers_all_that_a_pixel_depends_on(factor):
+    lr = torch.rand(1, 3, 60, 3, requires_grad=True)
+    sr = random_generator(factor)(lr)
+    middle = 30 * factor
+    sr[:, :, middle:middle + factor].sum().backward()  # what LR row 30 becomes
+    rows = lr.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert 30 - super_resolve.REACH <= rows.min() and rows.max() <= 30 + super_resolve.REACH
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "LA"])
+def test_grey_stays_grey(network, tmp_path, mode):
+    grey = picture(8, 6, channels=1)
+    given = grey.convert("1" if mode == "1" else "L")
+    if mode == "I;16":
+        given = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    elif mode == "LA":
+        given.putalpha(picture(8, 6, seed=1, channels=1))
+    options = {"transparency": 0} if mode == "I;16" else {}  # Pillow can't convert such a file
+    run(network, tmp_path / "out", save(given, tmp_path / "a.png", **options))
+    sr = Image.open(tmp_path / "out/a_sr.png")
+    assert sr.mode == ("LA" if mode == "LA" else "L")
+    expected = by_hand(network[1], grey.convert(mode) if mode == "1" else grey)
+    expected = expected @ [0.299, 0.587, 0.114]  # ITU-R BT.601
+    assert close(sr.getchannel("L"), expected, within=1.5)
+
+
+def test_alpha_is_kept(network, tmp_path):
+    image, alpha = picture(8, 6), picture(8, 6, seed=1, channels=1)
+    given = image.copy()
+    given.putalpha(alpha)
+    run(network, tmp_path / "out", save(given, tmp_path / "a.png"))
+    sr = Image.open(tmp_path / "out/a_sr.png")
+    assert sr.mode == "RGBA"
+    assert close(sr.getchannel("A"), np.asarray(alpha.resize((32, 24), BICUBIC)), within=0)
+    assert close(sr.convert("RGB"), by_hand(network[1], image))
+
+
+def test_a_transparent_palette_colour(network, tmp_path):
+    given = picture(8, 6).quantize(4)
+    rgba = given.copy()
+    rgba.info["transparency"] = 2
+    rgba = rgba.convert("RGBA")
+    run(network, tmp_path / "out", save(given, tmp_path / "a.png", transparency=2))
+    sr = Image.open(tmp_path / "out/a_sr.png")
+    assert close(sr.getchannel("A"), np.asarray(rgba.getchannel("A").resize((32, 24), BICUBIC)))
+    assert close(sr.convert("RGB"), by_hand(network[1], rgba.convert("RGB")))
+
+
+def test_orientation_and_colour_profile(network, tmp_path):
+    image, exif = picture(8, 6), Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees clockwise
+    save(image, tmp_path / "a.png", exif=exif, icc_profile=b"a profile")
+    run(network, tmp_path / "out", tmp_path / "a.png")
+    sr = Image.open(tmp_path / "out/a_sr.png")
+    assert close(sr, by_hand(network[1], image.transpose(Image.Transpose.ROTATE_270)))
+    assert not sr.getexif() and sr.info["icc_profile"] == b"a profile"
+
+
+def test_compare(network, tmp_path, monkeypatch):
+    shown = []
+
+    def grid(rows, headings):
+        shown.append((rows, headings))
+        return rows[0][0]
+
+    monkeypatch.setattr(figures, "grid", grid)
+    image = picture(6, 5)
+    run(network, tmp_path / "out", save(image, tmp_path / "a.png"), "--compare")
+    (((nearest, bicubic, sr),), headings), = shown
+    assert close(nearest, np.asarray(image).repeat(4, 0).repeat(4, 1), within=0)
+    assert close(bicubic, np.asarray(image.resize((24, 20), BICUBIC)), within=0)
+    assert close(sr, by_hand(network[1], image))
+    assert len(headings) == 3 and (tmp_path / "out/a_compare.png").exists()
+
+
+def test_blend(network, tmp_path):
+    generators, paths = [random_generator(2, seed) for seed in (0, 1)], []
+    for name, generator in zip("ab", generators):
+        paths.append(tmp_path / name / "netG.pth")
+        checkpoints.save_torch(generator.state_dict(), paths[-1])
+        paths[-1].with_name("config.json").write_text(json.dumps({"start": "the same"}))
+    states = [generator.state_dict() for generator in generators]
+    blended = Generator(2).eval()
+    blended.load_state_dict({k: (0.75 * v + 0.25 * states[1][k]).to(v.dtype)
+                             for k, v in states[0].items()})
+    image = picture(8, 8)
+    run((paths[0],), tmp_path / "out", save(image, tmp_path / "a.png"), "--blend",
+        f"{paths[1]}:0.25")
+    assert close(Image.open(tmp_path / "out/a_sr.png"), by_hand(blended, image))
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def test_what_cannot_be_read_is_named_and_the_others_are_done(network, tmp_path, capsys):
+    save(picture(5, 5), tmp_path / "in/good.png")
+    (tmp_path / "in/bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    save(picture(513, 4), tmp_path / "huge.png")
+    arguments = [tmp_path / name for name in ("missing.png", "in", "empty", "huge.png")]
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: run(network, tmp_path / "out", *arguments))
+    assert stop.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    for name in ("missing.png", "bad.jpg", "empty", "huge.png"):
+        assert sum(name in line for line in errors) == 1
+    assert len(errors) == 5  # and how many there were
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_sr.png"]
+
+
+def test_names_never_collide(network, tmp_path):
+    names = ["x/a.png", "x/a.bmp", "y/a.png", "y/A.tif", "y/a_2.png", "y/a_sr.png", "y/a_sr_2.png"]
+    pictures = {name: picture(4, 4, seed) for seed, name in enumerate(names)}
+    for name, image in pictures.items():
+        save(image, tmp_path / name)
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    inputs = [tmp_path / name for name in names]
+    run(network, tmp_path / "out", *inputs, tmp_path / "x", "--compare")  # x/ a second time
+    written = sorted((tmp_path / "out").iterdir())
+    assert len(written) == 2 * len(names)
+    assert len({path.name.lower() for path in written}) == len(written)
+    results = [np.asarray(Image.open(path)) for path in written if path.stem.endswith("_sr")]
+    for image in pictures.values():
+        expected = by_hand(network[1], image)
+        assert sum(close(result, expected) for result in results) == 1
+    assert before == {name: (tmp_path / name).read_bytes() for name in names}
+
+    first = (tmp_path / "out/a_sr.png").read_bytes()
+    (tmp_path / "out/a_sr.png").write_bytes(b"of an earlier call")
+    run(network, tmp_path / "out", *inputs)
+    assert (tmp_path / "out/a_sr.png").read_bytes() == first
+
+
+def test_no_output_into_a_folder_of_inputs(network, tmp_path):
+    path = save(picture(4, 4), tmp_path / "a_sr.png")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for out in (tmp_path, tmp_path / "link"):
+        with pytest.raises(InputError, match="--out_dir"):
+            run(network, out, path)
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a_sr.png"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Faces in a photograph
+
+
+def landmarks(x, y, eyes, mouth, degrees=0.0):
+    """The five points of a face between whose eyes lies (x, y): eye distance, eyes to mouth."""
+    points = np.array([[-eyes / 2, 0], [eyes / 2, 0], [0, mouth / 2],
+                       [-eyes / 3, mouth], [eyes / 3, mouth]])
+    turn = np.exp(1j * np.deg2rad(degrees))
+    turned = (points[:, 0] + 1j * points[:, 1]) * turn  # y points down: clockwise
+    return np.stack([turned.real + x, turned.imag + y], axis=1)
+
+
+@pytest.mark.parametrize("degrees", [0, 30, -90, 180])
+def test_square_of_known_landmarks(degrees):
+    # an average training frame of 256 px, turned about its centre: eyes 64 px apart at 0.47 of the
+    # height, mouth 66 px below; its training crop is the central 128 px
+    arm = (0.5 - 0.47) * 256 * 1j * np.exp(1j * np.deg2rad(degrees))
+    turned = super_resolve.face_square(landmarks(128 - arm.real, 128 - arm.imag, 64, 66, degrees))
+    assert turned[:3] == pytest.approx((128, 128, 128), abs=1.5)
+    assert np.exp(1j * turned[3]) == pytest.approx(np.exp(1j * np.deg2rad(degrees)))
+
+
+def test_a_head_in_profile_is_measured_from_eyes_to_mouth():
+    assert super_resolve.face_square(landmarks(50, 50, 10, 60))[2] == pytest.approx(1.8 * 60)
+
+
+def test_cut_and_paste_are_pillows_crop_and_each_others_inverse():
+    photo = picture(12, 10).resize((120, 100), BICUBIC)
+    square = (50.0, 45.0, 40.0, 0.0)
+    face = photo.crop((30, 25, 70, 65))
+    for size in (40, 16):
+        expected = np.asarray(face.resize((size, size), BICUBIC))
+        assert close(super_resolve.cut_face(photo, square, size), expected, within=0)
+    turned = super_resolve.cut_face(photo, (50.0, 45.0, 40.0, np.pi / 2), 40)
+    assert close(turned, np.asarray(face.transpose(Image.Transpose.ROTATE_90)))
+    outside = super_resolve.cut_face(photo, (0.0, 45.0, 40.0, 0.0), 40)
+    assert close(outside, np.asarray(photo)[25:65, np.arange(-20, 20).clip(0)], within=0)
+
+    tilted = (50.3, 45.2, 41.7, 0.4)
+    same = super_resolve.paste_face(photo, super_resolve.cut_face(photo, tilted, 128), tilted)
+    assert close(same, np.asarray(photo, dtype=float), within=12)
+
+
+@pytest.fixture
+def detector(monkeypatch):
+    """Put a list of (landmarks, probability) into its .faces: what --detect will find."""
+    fake = SimpleNamespace(faces=[])
+
+    def detect(photo, landmarks):
+        if not fake.faces:
+            return None, [None], None
+        points, probabilities = zip(*fake.faces)
+        return None, np.array(probabilities, dtype=object), np.array(points, dtype=object)
+
+    fake.detect = detect
+    monkeypatch.setitem(sys.modules, "facenet_pytorch",
+                        SimpleNamespace(MTCNN=lambda **options: fake))
+    return fake
+
+
+def test_detect_writes_each_face_and_the_photo(network, tmp_path, detector, capsys):
+    photo = picture(30, 40).resize((300, 400), BICUBIC)
+    detector.faces = [(landmarks(110, 90, 50, 50), 1.0), (landmarks(200, 300, 32, 33), 0.99),
+                      (landmarks(50, 350, 30, 30), 0.8)]  # the last is a fluke
+    run(network, tmp_path / "out", save(photo, tmp_path / "p.png"), "--detect", "--compare")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "p_compare.png", "p_face1.png", "p_face2.png", "p_restored.png"]
+    # eyes 50 px apart: a square of 100 px around the point 5 px below the eyes
+    lr = photo.crop((60, 45, 160, 145)).resize((32, 32), BICUBIC)
+    face = Image.open(tmp_path / "out/p_face1.png")
+    assert face.size == (128, 128) and close(face, by_hand(network[1], lr))
+
+    restored = Image.open(tmp_path / "out/p_restored.png")
+    assert restored.size == photo.size
+    changed = np.abs(np.asarray(restored, dtype=int) - np.asarray(photo, dtype=int)).max(2)
+    inside = np.zeros(changed.shape, bool)
+    inside[45:145, 60:160] = inside[270:338, 166:234] = True
+    assert not changed[~inside].any() and changed[inside].mean() > 10
+    rim = [changed[45, 60:160], changed[144, 60:160], changed[45:145, 60], changed[45:145, 159]]
+    assert np.concatenate(rim).mean() < 0.1 * changed[inside].mean()  # the soft edge
+    centre = np.asarray(face.resize((100, 100), BICUBIC), dtype=int)[20:80, 20:80]
+    assert close(np.asarray(restored)[65:125, 80:140], centre)
+    line, = capsys.readouterr().out.splitlines()
+    assert "100, 64 px in the photo, 32 for the network" in line and "more than" not in line
+
+
+def test_detect_keeps_grey_and_alpha_and_says_when_detail_is_lost(network, tmp_path, detector,
+                                                                  capsys):
+    photo, alpha = picture(200, 200, channels=1), picture(200, 200, seed=1, channels=1)
+    given = photo.copy()
+    given.putalpha(alpha)
+    detector.faces = [(landmarks(100, 92, 80, 80), 1.0)]
+    run(network, tmp_path / "out", save(given, tmp_path / "p.png"), "--detect")
+    restored, face = (Image.open(tmp_path / f"out/p_{name}.png") for name in ("restored", "face1"))
+    assert restored.mode == face.mode == "LA"
+    assert close(restored.getchannel("A"), np.asarray(alpha), within=0)
+    expected = alpha.crop((20, 20, 180, 180)).resize((128, 128), BICUBIC)
+    assert close(face.getchannel("A"), np.asarray(expected))
+    assert "more than the 128 px" in capsys.readouterr().out
+
+
+def test_a_photo_without_a_face_is_named(network, tmp_path, capsys):
+    """The real MTCNN, also on a picture that is smaller than the faces that it looks for."""
+    blank = save(Image.new("RGB", (80, 60), (90, 120, 150)), tmp_path / "blank.png")
+    tiny = save(picture(7, 40), tmp_path / "tiny.png")
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: run(network, tmp_path / "out", blank, tiny, "--detect"))
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err
+    assert "blank.png: no face found" in errors and "tiny.png: no face found" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_has_an_example_and_mistakes_end_in_one_line(network, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        super_resolve.main(["--help"])
+    assert stop.value.code == 0 and "example: python super_resolve.py" in capsys.readouterr().out
+    path = save(picture(4, 4), tmp_path / "a.png")
+    with pytest.raises(InputError, match="no such checkpoint"):
+        run((tmp_path / "none.pth",), tmp_path / "out", path)
+    with pytest.raises(SystemExit) as stop:
+        run(network, tmp_path / "out", path, "--batch_size", 0)
+    assert stop.value.code == 2
