@@ -3,34 +3,38 @@
     python benchmark.py                    # under five minutes on two cores
     python benchmark.py --json bench.json
 
-Two training steps alternate, A/B/A/B: the project's (`train_identity.train_step`) and `reference_step`
-below, which has the structure of the report's published script (an extra generator and
-discriminator pass per step, targets computed anew, NCHW, fp32) around the same networks and losses.
-The same mathematics twice: `tests/test_train.py` compares their losses and updates.
+Two training steps alternate, A/B/A/B, each in a process of its own (so that neither has the other's
+allocator settings, and each has its own peak of memory): the project's
+(`train_identity.train_step`) and a reference with the structure of the report's published script:
+an extra generator and discriminator pass per step, targets computed anew, NCHW, fp32. Networks,
+losses and mathematics are the same; `tests/test_train.py` compares their losses and updates.
 """
 
 import argparse
-import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import evaluate
+import figures
 import train_identity
-from data_utils import run_script, synthetic_portraits, to_tensor
-from loss_identity import adversarial_loss, discriminator_loss, embed, pixel_loss
-from model import SubPixelConv2d
-
-# Multiply-adds per 128 px image of one forward pass at 8x, in GMAC, counted by `count_gmac`.
-
+from data_utils import (
+    TrainDatasetFromFolder,
+    ValidDatasetFromFolder,
+    run_script,
+    synthetic_portraits,
+    to_image,
+)
+from loss_identity import discriminator_loss, embed, pixel_loss
 
 # ---------------------------------------------------------------------------------------------
 # The reference: what the report's published script does
@@ -47,26 +51,303 @@ def plain_generator(netG, lr):
 
 
 def reference_step(run, lr, hr):
-    """One update of both networks, every term of L_total on the whole batch at once."""
-    netG, netD = run.netG, run.netD
-    sr = plain_generator(netG, lr)
-    real_logits, fake_logits = netD(hr), netD(sr)
+    """One update of both networks, every term of L_total on the whole batch at once -> terms."""
+    sr = plain_generator(run.netG, lr)
+    real_logits, fake_logits = run.netD(hr), run.netD(sr)
     loss_d = discriminator_loss(run.loss.gan_loss, fake_logits, real_logits, run.smoothing)
-    run.optimizerD.zero_grad()
+    run.netD.zero_grad()
     loss_d.backward(retain_graph=True)
+    gradients_d = [p.grad for p in run.netD.parameters()]
 
-    run.optimizerG.zero_grad()
+    run.netG.zero_grad()
+    run.netD.zero_grad()
     total, terms = run.loss(sr, hr, fake_logits, real_logits)
     total.backward()
+    for parameter, gradient in zip(run.netD.parameters(), gradients_d):
+        parameter.grad = gradient  # not what the generator's loss left there
     run.optimizerD.step()
     run.optimizerG.step()
 
-    netD(plain_generator(netG, lr)).mean().item()  # the published script's pass for its log
-    return {name: term.item() for name, term in terms.items()}
+    run.netD(plain_generator(run.netG, lr)).mean().item()  # the published script's, for its log
+    return {name: term.item() for name, term in terms.items()} | {"loss_d": loss_d.item()}
 
 
 def reference_pixel_step(run, lr, hr):
     """One update with the pixel loss alone."""
-    run.optimizerG.zero_grad()
+    run.netG.zero_grad()
     pixel_loss(plain_generator(run.netG, lr), hr).backward()
     run.optimizerG.step()
+
+
+@torch.no_grad()
+def reference_validation(run, dataset, device):
+    """Image after image, HR's embedding anew each time."""
+    run.netG.eval()
+    run.netD.eval()
+    for index in range(len(dataset)):
+        lr, _, hr = (x[None].to(device) for x in dataset[index])
+        sr = plain_generator(run.netG, lr)
+        (evaluate.psnr_y(sr, hr).item(), evaluate.ssim(sr, hr).item(), run.netD(hr).item(),
+         run.netD(sr).item(),
+         evaluate.cosine(embed(run.face_network, sr), embed(run.face_network, hr)).item())
+
+
+# ---------------------------------------------------------------------------------------------
+# One process for each of the two
+
+
+def timed(function, device):
+    """Seconds of one call, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def convolution_rate(device):
+    """GFLOP/s of a large 3x3 fp32 convolution, the better of NCHW and channels last."""
+    best = 0.0
+    x = torch.rand(16, 128, 64, 64, device=device)
+    weight = torch.rand(128, 128, 3, 3, device=device)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        a, b = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+        F.conv2d(a, b, padding=1)
+        seconds = min(timed(lambda a=a, b=b: F.conv2d(a, b, padding=1), device) for _ in range(5))
+        best = max(best, 2 * 16 * 64 * 64 * 128 * 128 * 9 / seconds / 1e9)
+    return best
+
+
+@torch.no_grad()
+def step_flop(run, lr, hr):
+    """FLOP of the step's mathematics for one image: (1, 3, h, w), (1, 3, H, W).
+
+    A backward pass to parameters and input costs two forwards, one to the input alone costs one.
+    The generator goes forward and back (3); the discriminator forward on real and fake, back twice
+    to its parameters and once to the image (7); the frozen networks forward and back to the image
+    (2), their targets being kept.
+    """
+    total = 0
+    for passes, function in (
+            (3, lambda: plain_generator(run.netG, lr)), (7, lambda: run.netD(hr)),
+            (2, lambda: run.loss.vgg(hr)), (2, lambda: embed(run.face_network, hr))):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        total += passes * counter.get_total_flops()
+    return total
+
+
+def step_parts(run, lr, hr, targets):
+    """{part: function} of the project's step, each a piece that can be timed by itself."""
+    sr = run.netG(lr).detach()
+    gradient = torch.rand_like(sr)
+
+    def discriminator():
+        fake = sr.clone().requires_grad_()
+        real_logits, fake_logits = run.netD(hr), run.netD(fake)
+        torch.autograd.grad(fake_logits.mean(), fake, retain_graph=True)
+        (fake_logits.mean() - real_logits.mean()).backward(inputs=run.parametersD)
+
+    def only(alpha, gamma):
+        kept = run.loss.alpha, run.loss.gamma
+        run.loss.alpha, run.loss.gamma = kept[0] * alpha, kept[1] * gamma
+        run.loss.perceptual_gradient(sr, targets, run.chunk)
+        run.loss.alpha, run.loss.gamma = kept
+
+    return {"generator": lambda: run.netG(lr).backward(gradient), "discriminator": discriminator,
+            "content": lambda: only(1, 0), "identity": lambda: only(0, 1),
+            "optimisers": lambda: train_identity.apply_updates(run, with_gan=True)}
+
+
+def worker(role, flags, folder, pipe):
+    """Answer the parent's requests with seconds (or other figures) until it sends None."""
+    if role == "project":
+        device, _, _ = train_identity.set_up_machine(flags)
+    else:
+        device = torch.device("cuda" if flags.device == "cuda" else "cpu")
+    run = train_identity.build(flags, device, 1)
+    layout = torch.channels_last if role == "project" else torch.contiguous_format
+    for network in (run.netG, run.netD, run.loss):
+        network.to(memory_format=layout)
+    hr = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) / 255
+                      for p in synthetic_portraits(flags.batch_size, flags.crop_size, 0)])
+    lr = F.interpolate(hr, scale_factor=1 / flags.upscale_factor, mode="bicubic",
+                       antialias=True, align_corners=False)
+    lr, hr = (x.to(device).contiguous(memory_format=layout) for x in (lr, hr))
+    valid = ValidDatasetFromFolder(folder, flags.crop_size, flags.upscale_factor)
+    train = TrainDatasetFromFolder(folder, flags.crop_size, flags.upscale_factor)
+    everyone = range(len(valid))
+    targets = None
+
+    def project_step():
+        nonlocal targets
+        if targets is None:  # training computes them once and keeps them
+            targets = train_identity.cached_targets(run.loss, {}, list(range(len(hr))), hr)
+        train_identity.train_step(run, lr, hr, targets, True, True)
+        train_identity.apply_updates(run, with_gan=True)
+
+    def project_pixel_step():
+        train_identity.train_step(run, lr, hr, None, False, False)
+        train_identity.apply_updates(run, with_gan=False)
+
+    def project_validation():
+        evaluate.validate(run.average, run.netD, valid, run.face_network, run.known_embeddings,
+                          flags.valid_batch, device, everyone)
+
+    def in_training(function):
+        run.netG.train()
+        run.netD.train()
+        return timed(function, device)
+
+    project = role == "project"
+    answers = {
+        "step": lambda: in_training(project_step if project else
+                                    lambda: reference_step(run, lr, hr)),
+        "pixel step": lambda: in_training(project_pixel_step if project else
+                                          lambda: reference_pixel_step(run, lr, hr)),
+        "validation": lambda: timed(project_validation if project else
+                                    lambda: reference_validation(run, valid, device), device),
+        "data loading": lambda: timed(
+            lambda: list(DataLoader(train, batch_size=flags.batch_size)), device),
+        "convolution": lambda: convolution_rate(device),
+        "flop": lambda: step_flop(run, lr[:1], hr[:1]),
+        "parts": lambda: {name: in_training(part)
+                          for name, part in step_parts(run, lr, hr, targets).items()},
+        # on Linux ru_maxrss is in KiB
+        "memory": lambda: (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+                           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30,
+    }
+    while (question := pipe.recv()) is not None:
+        pipe.send(answers[question]())
+
+
+# ---------------------------------------------------------------------------------------------
+# The comparison
+
+
+def ask(pipe, question):
+    """The worker's answer to one question."""
+    pipe.send(question)
+    return pipe.recv()
+
+
+def compare(project, reference, question, rounds, images):
+    """Alternate the two -> (median images per second of the project, of the reference, ratio).
+
+    The ratio is the median over the rounds' own ratios: both halves of a round met the same
+    weather on a shared machine.
+    """
+    pairs = [(ask(project, question), ask(reference, question)) for _ in range(rounds)]
+    ours, theirs = (statistics.median(column) for column in zip(*pairs))
+    return images / ours, images / theirs, statistics.median(b / a for a, b in pairs)
+
+
+def benchmark(args):
+    """Run everything -> {name: figure}, printing a table on the way."""
+    flags = train_identity.parse([
+        "--batch_size", str(args.batch_size), "--crop_size", str(args.crop_size), "--device",
+        args.device, "--precision", args.precision, "--vgg_weights", "random", "--face_weights",
+        "random", *["--compile"] * args.compile])
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, portrait in enumerate(synthetic_portraits(args.valid_images, args.crop_size, 1)):
+            figures.save_image(to_image(torch.from_numpy(portrait.copy()).permute(2, 0, 1) / 255),
+                               Path(folder, f"{i:03}.png"))
+        for role in ("project", "reference"):
+            pipes[role], end = context.Pipe()
+            process = context.Process(target=worker, args=(role, flags, folder, end), daemon=True)
+            process.start()
+            end.close()
+            processes.append(process)
+        project, reference = pipes["project"], pipes["reference"]
+
+        ours, theirs = {}, {}
+        result = {"batch_size": args.batch_size, "device": args.device,
+                  "threads": torch.get_num_threads()}
+        # the first call of each warms up: primitives are chosen, targets computed and kept
+        compare(project, reference, "step", 1, args.batch_size)
+        rates = [ask(project, "convolution")]
+        ours["train"], theirs["train"], result["speedup"] = compare(
+            project, reference, "step", args.rounds, args.batch_size)
+        rates.append(ask(project, "convolution"))
+        result["memory_gib"], result["reference_memory_gib"] = (
+            ask(pipe, "memory") for pipe in (project, reference))
+        for name, question, images in (("pixel", "pixel step", args.batch_size),
+                                       ("validation", "validation", args.valid_images)):
+            compare(project, reference, question, 1, images)
+            ours[name], theirs[name], result[f"{name}_speedup"] = compare(
+                project, reference, question, args.rounds, images)
+        seconds = statistics.median(ask(project, "data loading") for _ in range(args.rounds))
+        result["data_images_per_second"] = args.valid_images / seconds
+        ask(project, "parts")
+        parts = [ask(project, "parts") for _ in range(2)]
+        flop = ask(project, "flop")
+        rates.append(ask(project, "convolution"))
+        for pipe in pipes.values():
+            pipe.send(None)
+        for process in processes:
+            process.join()
+
+    result |= {f"{name}_images_per_second": value for name, value in ours.items()}
+    result["reference_images_per_second"] = theirs["train"]
+    result |= {f"reference_{name}_images_per_second": theirs[name]
+               for name in ("pixel", "validation")}
+    result["memory_ratio"] = result["memory_gib"] / result["reference_memory_gib"]
+    result["gflop_per_image"] = flop / 1e9
+    result["gflop_per_second"] = flop / 1e9 * ours["train"]
+    result["convolution_gflop_per_second"] = statistics.median(rates)
+    result["conv_fraction"] = (result["gflop_per_second"]
+                               / result["convolution_gflop_per_second"])
+    result["parts_seconds_per_image"] = {
+        name: statistics.mean(p[name] for p in parts) / args.batch_size for name in parts[0]}
+    return result
+
+
+def report(result):
+    """The figures as a table for people."""
+    lines = [f"{'images per second':<26}{'project':>10}{'reference':>11}{'ratio':>8}"]
+    for title, name, ratio in (("training step", "train", "speedup"),
+                               ("pixel-only step", "pixel", "pixel_speedup"),
+                               ("validation", "validation", "validation_speedup")):
+        theirs = result["reference_images_per_second" if name == "train"
+                        else f"reference_{name}_images_per_second"]
+        lines.append(f"{title:<26}{result[f'{name}_images_per_second']:>10.2f}{theirs:>11.2f}"
+                     f"{result[ratio]:>7.2f}x")
+    lines.append(f"{'data loading':<26}{result['data_images_per_second']:>10.0f}")
+    lines.append(f"{'peak memory, GiB':<26}{result['memory_gib']:>10.2f}"
+                 f"{result['reference_memory_gib']:>11.2f}{result['memory_ratio']:>7.2f}x")
+    lines.append(f"training step: {result['gflop_per_image']:.1f} GFLOP per image, "
+                 f"{result['gflop_per_second']:.0f} GFLOP/s; a large convolution reaches "
+                 f"{result['convolution_gflop_per_second']:.0f}: {result['conv_fraction']:.0%}")
+    parts = result["parts_seconds_per_image"]
+    lines.append("seconds per image: " + ", ".join(f"{k} {v:.4f}" for k, v in parts.items()))
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Times training, validation and data loading, against a reference loop.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: python benchmark.py --json bench.json")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per step")
+    parser.add_argument("--crop_size", type=int, default=128, help="HR size in px")
+    parser.add_argument("--rounds", type=int, default=3, help="times that the two take turns")
+    parser.add_argument("--valid_images", type=int, default=20, help="images of a validation")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                        help="of the project's arithmetic; the reference is fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args(argv)
+    result = benchmark(args)
+    print(report(result))
+    if args.json:
+        checkpoints.save_json(result, args.json)
+
+
+if __name__ == "__main__":
+    run_script(main)
