@@ -8,7 +8,7 @@ Checkpoints are untrusted input: PyTorch's `weights_only` loader, then checks of
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -45,7 +45,8 @@ def replacing(path):
         raise InputError(f"could not write {path}: {reason}; free some space or choose another "
                          "folder. What was there before is intact") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it isn't there, or the disk is read-only
+            temporary.unlink()
 
 
 def save_torch(value, path):
@@ -115,10 +116,13 @@ def read_torch(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
+    pickled = False
     try:
+        with open(path, "rb") as file:
+            pickled = file.read(1) in (b"P", b"\x80")  # torch's zip, or a bare pickle
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and hostile files raise anything
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if pickled and "weights_only" in str(error):
             reason = "holds objects other than tensors, which could run code, and is not loaded"
         else:
             reason = "truncated, damaged or not a checkpoint"
@@ -126,17 +130,13 @@ def read_torch(path):
 
 
 def read_state(path):
-    """The state dict in a checkpoint file, under our names and with finite values."""
+    """The state dict in a checkpoint file, under our names."""
     state = read_torch(path)
     if not isinstance(state, dict) or not state or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InputError(f"{path}: not the state dict of a network (last.pt is for --resume; "
                          "give a netG_epoch_*.pth)")
-    state = from_public_layout(state)
-    for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise InputError(f"{path}: {key} holds NaN or infinite weights; take an earlier epoch")
-    return state
+    return from_public_layout(state)
 
 
 def _load_into(network, state, path):
@@ -146,6 +146,9 @@ def _load_into(network, state, path):
         reason = str(error).splitlines()[1].strip()[:120]
         raise InputError(f"{path}: not a checkpoint of the report's {type(network).__name__} "
                          f"({reason})") from None
+    for key, value in network.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: {key} holds NaN or infinite weights; take an earlier epoch")
     return network.eval()
 
 

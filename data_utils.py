@@ -4,6 +4,7 @@ A photograph is brought to 256 px on its shorter side, cropped to `crop_size` (1
 bicubically by `upscale_factor` (8); both pictures are rounded to 8 bit, as real files are.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -31,6 +32,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 class InputError(Exception):
     """Something that the user gave cannot be used; the message says what and what to do."""
+
+    def __str__(self):
+        # From a DataLoader's worker it comes with the worker's traceback before the message
+        return super().__str__().rpartition(f"{__name__}.InputError: ")[2].rstrip()
 
 
 def run_script(main):
@@ -70,10 +75,17 @@ def read_image(path, keep_mode=False):
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            place = image.fp.tell()
+            size = image.fp.seek(0, os.SEEK_END)
+            image.fp.seek(place)
+            # No photograph packs 1000 px into a byte (a flat grey JPEG: 170), and to decode what
+            # claims to takes up to 1.4 GB on each core. Flat drawings may, up to 16 Mpx.
+            limit = min(Image.MAX_IMAGE_PIXELS, max(2 ** 24, 1000 * size))
+            if image.width * image.height > limit:
                 raise InputError(f"declares {image.width}x{image.height} px, a decompression bomb")
             image.load()
-            image = ImageOps.exif_transpose(image)
+            with contextlib.suppress(SyntaxError):  # damaged EXIF data: taken as it stands
+                image = ImageOps.exif_transpose(image)
         return image if keep_mode else to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -84,9 +96,11 @@ def read_image(path, keep_mode=False):
 
 def to_rgb(image):
     """A PIL picture of any mode -> RGB, 8 bit, transparency on white."""
-    if image.mode.startswith("I"):  # 16 bit grey; 65535 is white
-        values = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16 bit grey; 65535 is white, and so is what is transparent
+        table = np.rint(np.arange(65536) / 257).astype(int)
+        table[image.info.get("transparency", 65535)] = 255
+        image = image.convert("I").point(table.tolist(), "L")
+        image.info.pop("transparency", None)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -167,8 +181,9 @@ class FaceFolder(Dataset):
         self.factor = upscale_factor
         self.crop = crop
         self.crop_size = valid_crop_size(crop_size, upscale_factor)
-        if crop_size and not self.crop_size:
-            raise InputError(f"--crop_size {crop_size} is smaller than --upscale_factor")
+        if crop_size and self.crop_size <= 0:
+            raise InputError(f"--crop_size {crop_size} is smaller than the upscale factor "
+                             f"{upscale_factor}")
         self.files = list_images(dataset_dir, flag)
         pixels = self.crop_size if self.crop_size and crop == "center" else FRAME
         self.cached = len(self.files) * 3 * pixels ** 2 <= cache_gb * 2 ** 30

@@ -8,6 +8,8 @@ training never saw, 95 % bootstrap intervals, and paired differences between mod
 """
 
 import argparse
+import os
+import zipfile
 from itertools import combinations
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from data_utils import VALID_DIR, InputError, ValidDatasetFromFolder, run_script
 from loss_identity import embed, load_face_network
 
 RESAMPLES = 10_000
+EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's zip, new, old
 
 
 # ---------------------------------------------------------------------------------------------
@@ -54,8 +57,9 @@ def ssim(sr, hr):
 
     (N, 3, H, W) in [0, 1] twice -> (N,).
     """
-    return pytorch_ssim.ssim(sr.float(), hr.float(), window_size=_FlooredInt(11),
-                             size_average=False)
+    size = _FlooredInt(11)
+    window = pytorch_ssim.create_window(size, channel=3).to(sr.device)
+    return pytorch_ssim._ssim(sr.float(), hr.float(), window, size, 3, size_average=False)
 
 
 def cosine(embeddings_a, embeddings_b):
@@ -72,14 +76,17 @@ def recognition(probes, gallery):
     probes, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (probes, gallery))
     similarity = probes @ gallery.T
     genuine = np.diag(similarity)
-    rank = (similarity > genuine[:, None]).sum(1)  # gallery faces that come before the right one
+    # gallery faces before the right one; a tie is no identification
+    rank = (similarity >= genuine[:, None]).sum(1) - 1
     impostors = np.sort(similarity[~np.eye(len(similarity), dtype=bool)])
+    if not len(impostors):  # of a single face nothing can be verified
+        return {"rank1": 1.0, "rank5": 1.0, "auc": np.nan, "tar_at_far_1": np.nan}
     below = np.searchsorted(impostors, genuine, "left")
     equal = np.searchsorted(impostors, genuine, "right") - below
     # accept what exceeds the threshold: at most 1 % of the impostor pairs do
-    threshold = impostors[len(impostors) - 1 - int(0.01 * len(impostors))] if len(impostors) else 0
+    threshold = impostors[len(impostors) - 1 - int(0.01 * len(impostors))]
     return {"rank1": (rank < 1).mean(), "rank5": (rank < 5).mean(),
-            "auc": ((below + equal / 2) / max(1, len(impostors))).mean(),
+            "auc": ((below + equal / 2) / len(impostors)).mean(),
             "tar_at_far_1": (genuine > threshold).mean()}
 
 
@@ -151,22 +158,26 @@ def load_judge(name):
         raise InputError(f"--judge {name}: no such file; give casia-webface or the path of a "
                          "TorchScript or torch.export file")
     else:
+        # torch.export unpickles what it finds in a file, unless told not to
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         try:
-            network = torch.jit.load(name, map_location="cpu").eval()
-        except Exception:  # not TorchScript
-            try:
-                network = torch.export.load(name).module()
-            except Exception:  # nor an exported program: each raises what it likes
-                raise InputError(f"--judge {name}: neither a TorchScript nor a torch.export "
-                                 "file") from None
-    try:
-        with torch.no_grad():
-            shape = network(torch.zeros(2, 3, 160, 160)).shape
-    except Exception as error:
-        raise InputError(f"--judge {name}: fails on a 2 x 3 x 160 x 160 batch: "
-                         f"{str(error).splitlines()[0]}") from None
-    if len(shape) != 2 or shape[0] != 2:
-        raise InputError(f"--judge {name}: gives {tuple(shape)} for two faces, not (2, D)")
+            with zipfile.ZipFile(name) as archive:
+                exported = any(Path(entry).name in EXPORTED for entry in archive.namelist())
+            network = (torch.export.load(name).module() if exported else
+                       torch.jit.load(name, map_location="cpu").eval())
+        except Exception:  # both loaders raise what they like
+            raise InputError(f"--judge {name}: neither a TorchScript nor a torch.export "
+                             "file") from None
+    for n in (1, 3):  # a network with a fixed batch size fails here, not on the last batch
+        try:
+            with torch.no_grad():
+                shape = tuple(network(torch.zeros(n, 3, 160, 160)).shape)
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"--judge {name}: fails on a {n} x 3 x 160 x 160 batch: "
+                             f"{reason[-1]}") from None
+        if len(shape) != 2 or shape[0] != n:
+            raise InputError(f"--judge {name}: gives {shape} for {n} face(s), not ({n}, D)")
     return network
 
 
@@ -212,7 +223,8 @@ def summarise(per_image, vectors, seed):
             mean = values.mean()  # infinite for the PSNR of HR with itself
             low, high = bootstrap(values, seed) if np.isfinite(mean) else (mean, mean)
             row |= {metric: mean, f"{metric}_low": low, f"{metric}_high": high}
-        row["psnr_y_pooled"] = -10 * np.log10(np.mean(10 ** (-table["psnr_y"] / 10)) or np.nan)
+        mse = np.mean(10 ** (-table["psnr_y"] / 10))
+        row["psnr_y_pooled"] = -10 * np.log10(mse) if mse else np.inf
         for e in metrics[2:]:
             rates = recognition(vectors[name, e], vectors["HR", e])
             suffix = e.removeprefix("cosine")  # of a judge: _casia-webface
@@ -265,7 +277,8 @@ def load_models(args, device):
     networks = {}
     for path in paths:
         name = Path(path).stem
-        networks[str(path) if name in networks else name] = checkpoints.load_generator(path)
+        taken = name in networks or name in ("bicubic", "HR")
+        networks[str(path) if taken else name] = checkpoints.load_generator(path)
     for text in args.blend:
         other, weight = checkpoints.parse_blend(text)
         networks[f"{Path(paths[0]).stem}+{weight:g}*{Path(other).stem}"] = checkpoints.load_blend(
@@ -288,7 +301,7 @@ def picture_rows(models, dataset, per_image, device):
     shown = [name for name in models if name not in ("bicubic", "HR")]
     ranked = per_image[per_image["model"] == shown[-1]].sort_values("cosine")["image"].tolist()
     n = len(ranked)
-    picks = {"best": ranked[-1], "median": ranked[n // 2], "worst": ranked[0]}
+    picks = {"best": ranked[-1], "median": ranked[(n - 1) // 2], "worst": ranked[0]}
     names = [path.name for path in dataset.files]
     rows = []
     for label, image in list(picks.items())[:n]:
@@ -339,10 +352,14 @@ def main(argv=None):
     models, factor = load_models(args, device)
     dataset = ValidDatasetFromFolder(args.data_dir, args.crop_size, factor, args.cache_gb,
                                      "--data_dir")
+    if dataset.crop_size != args.crop_size:
+        print(f"--crop_size {args.crop_size} is no multiple of {factor}: using {dataset.crop_size}")
     embedders = {"cosine": load_face_network(args.face_weights)}
     labels = {"cosine": f"InceptionResnetV1 {embedders['cosine'].label}"}
     for judge in args.judge:
         name = f"cosine_{Path(judge).stem}"
+        if name in embedders:
+            name = f"cosine_{judge}"
         embedders[name] = load_judge(judge)
         labels[name] = getattr(embedders[name], "label", judge)
     for network in embedders.values():

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from facenet_pytorch import InceptionResnetV1
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import VGG16_Weights, vgg16
+from torchvision.models import VGG16_Weights
+from torchvision.models.vgg import cfgs, make_layers
 
+from checkpoints import read_torch
 from data_utils import InputError
 
 # The report's weightings (alpha, beta, gamma) of its "Results Summary".
@@ -104,7 +106,10 @@ def load_vgg(weights):
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
-        network = vgg16(weights=None).features[:31]
+        network = make_layers(cfgs["D"], batch_norm=False)  # its features[:31], no classifier
+        for layer in network:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     if weights == "random":
         return _frozen(network, _announce_random("VGG16", "--vgg_weights"))
     url = VGG16_Weights.IMAGENET1K_V1.url if weights == "imagenet" else None
@@ -176,13 +181,13 @@ def _load_state(weights, url, folder, flag):
                 f"could not download {path.name} ({error}); fetch {url} elsewhere and put it at "
                 f"{path}, or name a local copy with {flag} PATH") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values()):
-            return state, path
-        reason = "not a state dict"
-    except Exception as error:  # damaged or hostile files raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise InputError(f"{path}: {reason}; give {flag} a state dict saved by torch.save")
+        state = read_torch(path)
+        if not isinstance(state, dict) or not all(
+                isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+            raise InputError(f"{path}: not a state dict")
+    except InputError as error:
+        raise InputError(f"{error}; name another copy with {flag} PATH") from None
+    return state, path
 
 
 def _fill(network, state, source, what):
@@ -231,11 +236,13 @@ class GeneratorLoss(nn.Module):
                  + self.beta * terms["adversarial"] + self.gamma * terms["identity"])
         return total, terms
 
-    def perceptual_gradient(self, sr, targets, chunk):
+    def perceptual_gradient(self, sr, targets, chunk, scale=1.0):
         """Gradient of alpha L_content + gamma L_identity at SR, `chunk` images at a time.
 
         Both frozen networks treat each image by itself, so the chunks add up to the whole exactly
-        while only one chunk's activations are alive. -> (gradient like sr, content, identity).
+        while only one chunk's activations are alive. `scale` (of a GradScaler) is applied on the
+        way through them and taken out again: in fp16 gradients of this size vanish.
+        -> (gradient like sr, content, identity).
         """
         gradient, values = torch.empty_like(sr), sr.new_zeros(2)
         for start in range(0, len(sr), chunk):
@@ -245,6 +252,7 @@ class GeneratorLoss(nn.Module):
                 image, [None if t is None else t[part] for t in targets])
             share = len(image) / len(sr)  # each term is a mean over the batch
             loss = share * (self.alpha * content + self.gamma * identity)
-            gradient[part], = torch.autograd.grad(loss, image)
+            at_image, = torch.autograd.grad(loss * scale, image)
+            gradient[part] = at_image / scale
             values += share * torch.stack([content.detach(), identity.detach()])
         return gradient, *values

@@ -85,6 +85,7 @@ class Generator(nn.Module):
         if icnr:
             for block in self.upsample:
                 icnr_(block.conv.weight)
+                icnr_(block.conv.bias)
 
     def forward(self, lr):
         x = self.first(lr)                              # (N, 64, h, w)
@@ -125,7 +126,8 @@ def probability(logits):
 def icnr_(weight):
     """Make the four sub-pixels of each output channel start equal, in place.
 
-    weight: (4C, C_in, k, k) of a convolution before PixelShuffle(2). Aitken et al. 2017,
-    "Checkerboard artifact free sub-pixel convolution". Keeps the variance of the initialisation.
+    weight: (4C, C_in, k, k), or a bias (4C,), of a convolution before PixelShuffle(2). Aitken et
+    al. 2017, "Checkerboard artifact free sub-pixel convolution". Keeps the variance of the
+    initialisation.
     """
     weight.copy_(weight[::4].repeat_interleave(4, dim=0))

@@ -119,7 +119,7 @@ def train_step(run, lr, hr, targets, with_gan, with_perceptual, every=1, share=1
     if with_perceptual and (loss.alpha or loss.gamma):
         with run.autocast():
             at_sr, logged["content"], logged["identity"] = loss.perceptual_gradient(
-                sr.detach(), targets, run.chunk)
+                sr.detach(), targets, run.chunk, scale)
         gradient += every * at_sr
 
     sr_graph.backward((gradient * share * scale).to(sr_graph.dtype))
@@ -216,6 +216,7 @@ def build(args, device, steps_per_epoch, world=1):
     # Few images at a time keep a CPU's activations in its cache; a GPU wants the whole batch.
     run.chunk = 4 if device.type == "cpu" else args.batch_size
     run.updates = 0
+    run.curves_drawn = -math.inf
     run.known = {}             # HR's VGG features and embeddings, of the training images
     run.known_embeddings = {}  # HR's embeddings, of the validation images
     return run
@@ -616,7 +617,9 @@ def write_epoch(run, args, folder, rows, config, epoch, last, validation, valid_
     checkpoints.save_csv(table, folder / "train_results.csv")
     config["wall_seconds"] = float(table["Seconds"].sum())
     checkpoints.save_json(config, folder / "config.json")
-    figures.save_curves(table, folder / "curves.png")
+    if last or time.perf_counter() - run.curves_drawn > 60:  # matplotlib takes a second or two
+        figures.save_curves(table, folder / "curves.png")
+        run.curves_drawn = time.perf_counter()
     if epoch % args.save_every == 0 or last:
         checkpoints.save_torch(run.average.state_dict(),
                                checkpoints.generator_path(folder, args.upscale_factor, epoch))

@@ -1,0 +1,385 @@
+"""The report's objective 5 in one command: an ablation study of the identity loss.
+
+    python ablation.py                                    # the report's three weightings
+    python ablation.py --gamma 3 10 --seeds 0 1 2         # two more weights, three seeds
+
+Every run is fine-tuned from one warm start; runs of the same seed see the same batches. The command
+given again goes on where it stopped and passes by what is finished.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import checkpoints
+import evaluate
+import figures
+import train_identity
+from data_utils import InputError, run_script
+from loss_identity import PRESETS, load_face_network
+
+HANDED_ON = ("train_dir", "valid_dir", "crop_size", "upscale_factor", "batch_size", "lr", "lazy",
+             "device", "vgg_weights", "face_weights")  # to train_identity.py
+LOGGED = {"psnr_y": "PSNR", "ssim": "SSIM", "cosine": "Cosine", "d_accuracy": "D_accuracy"}
+TITLES = {"psnr_y": "PSNR-Y (dB)", "ssim": "SSIM", "cosine": "cosine", "d_accuracy": "D accuracy"}
+BLEND = [step / 10 for step in range(11)]  # weights of identity against visual
+VERDICTS = {True: "larger than chance", False: "within chance",
+            None: "not decided: a single seed shows no spread"}
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def configurations(gammas):
+    """{name: its flags for train_identity.py}: the presets, then gamma_<value> of each gamma."""
+    flags = {name: ["--preset", name] for name in PRESETS}
+    return flags | {f"gamma_{g:g}": ["--preset", "identity", "--gamma", str(g)] for g in gammas}
+
+
+def read_config(folder):
+    """A run's config.json."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}/config.json: not that of a run ({error}); remove {folder} to "
+                         "train it again") from None
+
+
+def refuse_changes(folder, wanted, data):
+    """Raise InputError if the run in `folder` has other flags, start or photographs than wanted."""
+    config = read_config(folder)
+    then, now = config.get("flags", {}), train_identity.run_flags(wanted)
+    free = (train_identity.FREE_ON_RESUME | {"start"}) - {"num_epochs"}
+    changed = [f"--{name} {then.get(name)} -> {value}" for name, value in now.items()
+               if name not in free and then.get(name) != value]
+    if config.get("start") != (wanted.start and train_identity.file_digest(wanted.start)):
+        changed.append("the generator that it starts from")
+    if config.get("data") != data:
+        changed.append("the photographs")
+    if changed:
+        raise InputError(f"{folder} holds a run with something else: {', '.join(changed)}; leave "
+                         "that as it was, choose another --out_dir, or remove that folder")
+
+
+def train_run(folder, flags, data, again):
+    """Run train_identity.py in `folder`, or go on with it, unless it is finished.
+
+    data: digests of the photographs; again: the command that goes on with the ablation, for the
+    person who stops it.
+    """
+    flags = [*flags, "--out_dir", str(folder)]
+    wanted = train_identity.parse(flags)
+    finished = checkpoints.generator_path(folder, wanted.upscale_factor, wanted.num_epochs).exists()
+    begun = (folder / "last.pt").exists()
+    if finished or begun:
+        refuse_changes(folder, wanted, data)
+    if finished:
+        train_identity.say(f"{folder} is finished")
+        return
+    train_identity.say(f"{folder}:")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train_identity.main(flags + ["--resume"] * begun)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+    except SystemExit:  # SIGINT or SIGTERM: it has saved what it had
+        train_identity.say(f"the ablation stopped in {folder}; go on with:\n  {again}")
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train_all(args, handed_on, data, again):
+    """(path of the warm start, {(configuration, seed): folder}), everything trained.
+
+    handed_on: flags that all runs share.
+    """
+    folder, start = Path(args.out_dir), args.start
+    handed_on = [*handed_on, "--save_every", "1"]
+    if not start:
+        epochs = str(args.warm_epochs)
+        train_run(folder / "warm", [*handed_on, "--preset", "baseline", "--num_epochs", epochs,
+                                    "--pretrain_epochs", epochs], data, again)
+        start = checkpoints.generator_path(folder / "warm", args.upscale_factor, args.warm_epochs)
+    runs = {}
+    for seed in args.seeds:  # one whole comparison after the other
+        for name, flags in configurations(args.gamma).items():
+            runs[name, seed] = folder / f"{name}_seed{seed}"
+            train_run(runs[name, seed], [
+                *handed_on, *flags, "--start", str(start), "--pretrain_epochs", "0",
+                "--num_epochs", str(args.epochs), "--seed", str(seed)], data, again)
+    return start, runs
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def measure_all(args, start, runs, valid_set, embedders, device):
+    """Final generators, warm start, bicubic and the blends of `visual` and `identity`.
+
+    -> (per image and model, per model) as `evaluate.measure` and `evaluate.summarise` have them;
+    a run is called by its folder, a blend is "blend 0.3".
+    """
+    paths = {key: checkpoints.generator_path(folder, args.upscale_factor, args.epochs)
+             for key, folder in runs.items()}
+    networks = {"warm start": checkpoints.load_generator(start)}
+    networks |= {runs[key].name: checkpoints.load_generator(path) for key, path in paths.items()}
+    ends = [paths[name, args.seeds[0]] for name in ("visual", "identity")]
+    networks |= {f"blend {weight:g}": checkpoints.load_blend(*ends, weight) for weight in BLEND}
+    models = {"bicubic": lambda lr, restored, hr: restored}
+    for name, netG in networks.items():
+        netG.to(device, memory_format=torch.channels_last)
+        models[name] = lambda lr, restored, hr, netG=netG: netG(lr)
+    models["HR"] = lambda lr, restored, hr: hr
+    per_image, vectors = evaluate.measure(models, valid_set, embedders, args.batch_size, device)
+    return per_image, evaluate.summarise(per_image, vectors, seed=0)
+
+
+def average_seeds(per_image, per_run, runs):
+    """`measure_all`'s tables with one model per configuration, HR left out.
+
+    A metric is averaged over the seeds image by image, and its interval is that of these averages;
+    the rates of recognition and the pooled PSNR-Y are averaged as they are.
+    """
+    configuration = {folder.name: name for (name, _), folder in runs.items()}
+    averaged, summary = (
+        table[table["model"] != "HR"].replace({"model": configuration})
+        .groupby(keys, sort=False, as_index=False).mean()
+        for table, keys in ((per_image, ["model", "image"]), (per_run, "model")))
+    summary["n"] = summary["n"].astype(int)
+    for row, name in enumerate(summary["model"]):
+        of_model = averaged[averaged["model"] == name]
+        for metric in averaged.columns[2:]:
+            low, high = evaluate.bootstrap(of_model[metric].to_numpy())
+            summary.loc[row, [f"{metric}_low", f"{metric}_high"]] = low, high
+    return averaged, summary
+
+
+def larger_than_chance(low, high, by_seed):
+    """Whether a difference is more than the photographs' and the seeds' doing; None: can't tell.
+
+    low, high: its interval over photographs, which must exclude 0; by_seed: the difference that
+    each seed shows by itself, whose mean must exceed their largest minus their smallest.
+    """
+    if low <= 0 <= high:
+        return False
+    if len(by_seed) < 2:
+        return None
+    return bool(abs(np.mean(by_seed)) > max(by_seed) - min(by_seed))
+
+
+def differences(averaged, per_run, runs):
+    """Configuration - baseline, metric by metric, with its interval, seeds and verdict."""
+    names, seeds = ([*dict.fromkeys(column)] for column in zip(*runs))
+    pairs = evaluate.differences(averaged[averaged["model"].isin(names)], seed=0)
+    pairs = pairs[pairs["minus"] == "baseline"].reset_index(drop=True)
+    values = per_run.set_index("model")
+    pairs["by_seed"] = [
+        [values.loc[runs[pair.model, seed].name, pair.metric]
+         - values.loc[runs["baseline", seed].name, pair.metric] for seed in seeds]
+        for pair in pairs.itertuples()]
+    pairs["larger_than_chance"] = pd.Series(
+        [larger_than_chance(*pair) for pair in zip(pairs["low"], pairs["high"], pairs["by_seed"])],
+        dtype=object)
+    return pairs
+
+
+def learning_curves(runs):
+    """Every run's train_results.csv in one table: name, seed, epoch and the LOGGED metrics."""
+    tables = []
+    for (name, seed), folder in runs.items():
+        table = pd.read_csv(folder / "train_results.csv")
+        table = table[["Epoch", *LOGGED.values()]].set_axis(["epoch", *LOGGED], axis=1)
+        tables.append(table.assign(name=name, seed=seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+def last_epochs(curves, last_k):
+    """Mean over the last k epochs: over all seeds, of the lowest and of the highest seed.
+
+    -> a row per configuration, with columns (metric, mean | min | max).
+    """
+    last = curves[curves["epoch"] > curves["epoch"].max() - last_k]
+    by_seed = last.groupby(["name", "seed"], sort=False)[list(LOGGED)].mean()
+    return by_seed.groupby("name", sort=False).agg(["mean", "min", "max"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables and words
+
+
+def number(metric, value, sign=""):
+    """A metric's value with the digits that it deserves."""
+    return f"{value:{sign}.{3 if metric == 'psnr_y' else 4}f}"
+
+
+def sentence(pair):
+    """One difference in plain words."""
+    title = TITLES.get(pair.metric, pair.metric.replace("_", " of judge "))
+    difference, low, high, *seeds = (
+        number(pair.metric, value, "+")
+        for value in (pair.difference, pair.low, pair.high, *pair.by_seed))
+    return (f"{pair.model} - baseline: {title} {difference} [{low}, {high}], "
+            f"{VERDICTS[pair.larger_than_chance]} (by seed: {', '.join(seeds)})")
+
+
+def conditions(args, config):
+    """Under which conditions the figures hold, in words; config: of one of the runs."""
+    flags, data, networks = config["flags"], config["data"], config["networks"]
+    start = args.start or f"{args.warm_epochs} epochs of the pixel loss alone"
+    return (f"{data['train']['n']} training and {data['valid']['n']} validation photographs, "
+            f"{args.crop_size} px, {args.upscale_factor}x. Each run: {args.epochs} epochs from the "
+            f"same warm start ({start}; SHA-256 {config['start'][:12]}), seeds "
+            f"{', '.join(map(str, args.seeds))}, batches of {args.batch_size}, learning rate "
+            f"{args.lr:g}, adversarial loss {flags['gan_loss']}, adversarial and perceptual terms "
+            f"every {args.lazy} step(s). Networks: VGG16 {networks['vgg16']}; InceptionResnetV1 "
+            f"{networks['inception_resnet_v1']}.")
+
+
+def markdown_table(head, rows):
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def report(args, words, summary, labels, pairs, last, weights):
+    """ablation.md; words: of `conditions`, weights: {configuration: alpha, beta and gamma}."""
+    last_rows = [[name, *weights[name].values(),
+                  *("{} ({} to {})".format(*(number(m, row[m, what])
+                                             for what in ("mean", "min", "max"))) for m in LOGGED)]
+                 for name, row in last.iterrows()]
+    return "\n".join([
+        "# Ablation of the identity loss", "", words, "", "## Final checkpoints", "",
+        "Each photograph's values are averaged over the seeds first. Bicubic and the warm start "
+        "are there for comparison; blend 0.3 has 0.3 of `identity`'s weights and 0.7 of "
+        f"`visual`'s, seed {args.seeds[0]}.", "", evaluate.markdown(summary, labels),
+        "## Differences from the baseline", "",
+        "A difference is called larger than chance if its 95 % interval excludes 0 (final "
+        f"checkpoints, {evaluate.RESAMPLES:,} paired bootstrap samples of the photographs) and it "
+        "is larger than the spread between seeds: the largest minus the smallest of the "
+        "differences that each seed shows by itself.", "",
+        *(f"- {sentence(pair)}" for pair in pairs.itertuples()), "",
+        f"## Last {args.last_k} epochs", "",
+        "Mean over epochs and seeds (lowest to highest seed). D accuracy: the share of real and "
+        "generated images that the discriminator tells apart; 0.5 is guessing.", "",
+        *markdown_table(["configuration", "alpha", "beta", "gamma", *TITLES.values()], last_rows),
+        "", "## The report's values, for reference", "",
+        "Single epochs of single runs, on CelebA-HQ.", "",
+        *markdown_table(["configuration", "PSNR-Y (dB)", "SSIM", "cosine"],
+                        [[name, *values.values()] for name, values in figures.REPORT.items()]), ""])
+
+
+def wide(summary, pairs, last, weights):
+    """ablation.csv: a row per configuration with its means, differences and last epochs."""
+    rows = []
+    for row in summary.to_dict("records"):
+        name = row.pop("model")
+        row = {"name": name} | weights.get(name, {}) | row
+        for pair in pairs[pairs["model"] == name].itertuples():
+            row |= {f"{pair.metric}_difference": pair.difference,
+                    f"{pair.metric}_difference_low": pair.low,
+                    f"{pair.metric}_difference_high": pair.high,
+                    f"{pair.metric}_larger_than_chance": pair.larger_than_chance}
+        if name in last.index:
+            row |= {f"{metric}_last_{what}": value
+                    for (metric, what), value in last.loc[name].items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Train the report's weightings from one warm start with the same seeds and "
+                    "batches, and compare them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: python ablation.py --gamma 3 10 --seeds 0 1 2 --judge casia-webface")
+    whole, theirs = train_identity.positive, train_identity.parse([])
+    add = parser.add_argument_group("what").add_argument
+    add("--gamma", nargs="+", type=float, default=[],
+        help="further identity weights, with alpha and beta of the identity preset")
+    add("--seeds", nargs="+", type=int, default=[0, 1], help="seeds of each configuration")
+    add("--start", help="warm start, a generator checkpoint (default: train one)")
+    add("--warm_epochs", type=whole, default=50,
+        help="epochs of that one, with the pixel loss alone")
+    add("--epochs", type=whole, default=50, help="epochs of each run from there")
+    add = parser.add_argument_group("training, as train_identity.py has them").add_argument
+    add("--train_dir", default=theirs.train_dir, help="folder of training photographs")
+    add("--valid_dir", default=theirs.valid_dir, help="folder of validation photographs")
+    add("--crop_size", type=whole, default=theirs.crop_size, help="HR size in px")
+    add("--upscale_factor", type=int, choices=(2, 4, 8), default=theirs.upscale_factor,
+        help="HR size / LR size")
+    add("--batch_size", type=whole, default=theirs.batch_size, help="images per update")
+    add("--lr", type=float, default=theirs.lr, help="Adam's learning rate of the generator")
+    add("--lazy", type=whole, default=theirs.lazy,
+        help="adversarial and perceptual terms every k-th step, at k times the weight")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--vgg_weights", default=theirs.vgg_weights, help="imagenet, random, or a path")
+    add("--face_weights", default=theirs.face_weights,
+        help="vggface2, casia-webface, random, or a path")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--last_k", type=whole, default=10, help="epochs to average at the end of each run")
+    add("--judge", action="append", default=[], metavar="NAME|PATH",
+        help="a face network that training never saw, as in evaluate.py; may be repeated")
+    add = parser.add_argument_group("where").add_argument
+    add("--out_dir", default="epochs/ablation", help="folder of the runs' folders")
+    add("--results_dir", default="results", help="folder of ablation.csv, .md and .png")
+    args = parser.parse_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    args.last_k = min(args.last_k, args.epochs)
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    again = shlex.join(["python", "ablation.py", *(sys.argv[1:] if argv is None else argv)])
+    # what could be refused after hours of training is loaded before
+    embedders = {"cosine": load_face_network(args.face_weights)}
+    embedders |= {f"cosine_{Path(judge).stem}": evaluate.load_judge(judge) for judge in args.judge}
+    labels = {name: getattr(network, "label", judge) for (name, network), judge
+              in zip(embedders.items(), [args.face_weights, *args.judge])}
+    handed_on = [text for name in HANDED_ON for text in (f"--{name}", str(getattr(args, name)))]
+    settings = train_identity.parse(handed_on)
+    train_set, valid_set = train_identity.load_data(settings)
+    data = {name: {"n": len(photographs), "hash": photographs.digest()}
+            for name, photographs in (("train", train_set), ("valid", valid_set))}
+    del train_set  # each run reads its own
+    start, runs = train_all(args, handed_on, data, again)
+
+    device, _, _ = train_identity.set_up_machine(settings)
+    for network in embedders.values():
+        network.to(device)
+    per_image, per_run = measure_all(args, start, runs, valid_set, embedders, device)
+    averaged, summary = average_seeds(per_image, per_run, runs)
+    pairs, curves = differences(averaged, per_run, runs), learning_curves(runs)
+    last = last_epochs(curves, args.last_k)
+    configs = {name: read_config(folder) for (name, _), folder in runs.items()}
+    weights = {name: {term: config["flags"][term] for term in ("alpha", "beta", "gamma")}
+               for name, config in configs.items()}
+    words = conditions(args, configs["baseline"])
+
+    folder = Path(args.results_dir)
+    table = wide(summary, pairs, last, weights)
+    checkpoints.save_csv(table, folder / "ablation.csv")
+    checkpoints.save_text(report(args, words, summary, labels, pairs, last, weights),
+                          folder / "ablation.md")
+    blend = table[table["name"].str.startswith("blend ")].assign(weight=BLEND)
+    figures.save_tradeoff(table[table["name"].isin(weights)], curves, folder / "ablation.png",
+                          blend)
+    print(words, *map(sentence, pairs.itertuples()), sep="\n")
+    print(f"wrote ablation.csv, ablation.md and ablation.png to {folder}/")
+
+
+if __name__ == "__main__":
+    run_script(main)

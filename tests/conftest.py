@@ -1,0 +1,24 @@
+"""What the test files share: the repository on the path, few threads, tiny photographs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory):
+    """A folder with train/ (6) and valid/ (2) synthetic portraits of 32 px."""
+    from data_utils import synthetic_portraits
+    folder = tmp_path_factory.mktemp("faces")
+    for split, n, seed in (("train", 6, 1), ("valid", 2, 2)):
+        (folder / split).mkdir()
+        for i, portrait in enumerate(synthetic_portraits(n, 32, seed)):
+            Image.fromarray(portrait).save(folder / split / f"{i}.png")
+    return folder

@@ -1,0 +1,308 @@
+"""ablation.py: a tiny ablation that is interrupted, goes on, and is asked for again."""
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import ablation
+import checkpoints
+import figures
+import train_identity
+from data_utils import InputError, ValidDatasetFromFolder, synthetic_portraits
+from model import Generator
+
+NAMES = ["baseline", "visual", "identity", "gamma_30"]
+RUNS = [f"{name}_seed{seed}" for seed in (1, 2) for name in NAMES]
+
+
+class TinyFaces(nn.Module):
+    """A face network of no account that takes no time: (N, 3, 160, 160) -> (N, 24)."""
+
+    label = "tiny"
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mix", torch.randn(24, 75, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, faces):
+        pooled = nn.functional.adaptive_avg_pool2d(faces, 5).flatten(1)
+        return nn.functional.normalize(pooled @ self.mix.T)
+
+
+def tiny_vgg(_):
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(3, 8, 3)).requires_grad_(False)
+    network.label = "tiny"
+    return network
+
+
+class TinyGenerator(Generator):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.residual = nn.Identity()
+
+
+class TinyDiscriminator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(75, 1)
+
+    def forward(self, images):
+        return self.classifier(nn.functional.adaptive_avg_pool2d(images, 5).flatten(1)).squeeze(1)
+
+
+def flags(folder):
+    return ["--train_dir", f"{folder}/train", "--valid_dir", f"{folder}/valid", "--crop_size", "16",
+            "--upscale_factor", "2", "--batch_size", "16", "--lazy", "1", "--device", "cpu",
+            "--warm_epochs", "1", "--epochs", "2", "--last_k", "2", "--seeds", "1", "2", "--gamma",
+            "30", "--judge", f"{folder}/judge.pt", "--out_dir", f"{folder}/runs",
+            "--results_dir", f"{folder}/results"]
+
+
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder in which an ablation was stopped in visual_seed1, went on and ended."""
+    folder = tmp_path_factory.mktemp("ablation")
+    for split, n, seed in (("train", 16, 1), ("valid", 4, 2)):
+        (folder / split).mkdir()
+        for i, portrait in enumerate(synthetic_portraits(n, 24, seed)):
+            Image.fromarray(portrait).save(folder / split / f"{i}.png")
+    torch.jit.script(TinyFaces()).save(folder / "judge.pt")
+    update, updates = train_identity.apply_updates, []
+
+    def update_and_interrupt(run, with_gan):
+        update(run, with_gan)
+        updates.append(with_gan)
+        if len(updates) == 1 + 2 + 2:  # warm start, baseline, then in visual's second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train_identity, ablation):
+            patch.setattr(module, "load_face_network", lambda _: TinyFaces())
+        patch.setattr(train_identity, "load_vgg", tiny_vgg)
+        patch.setattr(train_identity, "Discriminator", TinyDiscriminator)
+        for module in (train_identity, checkpoints):
+            patch.setattr(module, "Generator", TinyGenerator)
+        patch.setattr(ablation, "BLEND", [0.0, 0.5, 1.0])
+        for name in ("save_curves", "save_samples"):  # most of the time, and not looked at here
+            patch.setattr(figures, name, lambda *_: None)
+        patch.setattr(train_identity, "apply_updates", update_and_interrupt)
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        with pytest.raises(SystemExit) as stop:
+            ablation.main(flags(folder))
+        assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        between = {path.name: modified(path) for path in (folder / "runs").iterdir()}
+        ablation.main(flags(folder))
+        yield folder, stop.value.code, between, updates
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def test_an_interrupted_run_is_resumed(done):
+    folder, code, between, updates = done
+    assert code == 128 + signal.SIGTERM
+    assert set(between) == {"warm", "baseline_seed1", "visual_seed1"}
+    assert "netG_epoch_2_2.pth" not in {path.name for path in between["visual_seed1"]}
+    assert {p.name for p in (folder / "runs").iterdir()} == {"warm", *RUNS}
+    assert len(updates) == 1 + 8 * 2  # no step was taken twice
+    for name in ("warm", "baseline_seed1"):
+        assert modified(folder / "runs" / name) == between[name]
+    table = pd.read_csv(folder / "runs" / "visual_seed1" / "train_results.csv")
+    assert table["Epoch"].tolist() == [1, 2]
+
+
+def test_runs_differ_in_weights_and_seed_alone(done):
+    runs = done[0] / "runs"
+    start = hashlib.sha256((runs / "warm" / "netG_epoch_2_1.pth").read_bytes()).hexdigest()
+    configs = {name: json.loads((runs / name / "config.json").read_text()) for name in RUNS}
+    of_the_run = ("alpha", "beta", "gamma", "seed")
+    weights = {name: tuple(config["flags"].pop(key) for key in of_the_run)
+               for name, config in configs.items()}
+    assert weights["visual_seed2"] == (0.006, 0.001, 0.006, 2)
+    assert weights["gamma_30_seed1"] == (0.005, 0.001, 30.0, 1)
+    first = configs["baseline_seed1"]
+    assert first["start"] == start and first["flags"]["pretrain_epochs"] == 0
+    assert all(c["flags"] == first["flags"] and c["start"] == start for c in configs.values())
+    warm = json.loads((runs / "warm" / "config.json").read_text())
+    assert warm["flags"]["pretrain_epochs"] == warm["flags"]["num_epochs"] == 1
+
+
+def test_asked_again_it_trains_nothing(done, capsys):
+    folder, _, _, updates = done
+    before, steps = modified(folder / "runs"), len(updates)
+    tables = [(folder / "results" / f"ablation.{kind}").read_bytes() for kind in ("csv", "md")]
+    ablation.main(flags(folder))
+    assert modified(folder / "runs") == before and len(updates) == steps
+    assert tables == [(folder / "results" / f"ablation.{kind}").read_bytes()
+                      for kind in ("csv", "md")]
+    assert capsys.readouterr().out.count("is finished") == 9
+
+
+def test_a_given_start_needs_no_warm_run(done, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(train_identity, "main", called.append)
+    start = done[0] / "runs" / "warm" / "netG_epoch_2_1.pth"
+    args = ablation.parse([*flags(done[0]), "--start", str(start), "--out_dir", str(tmp_path)])
+    used, runs = ablation.train_all(args, [], {}, "")
+    assert Path(used) == start and [folder.name for folder in runs.values()] == RUNS
+    assert [argv[argv.index("--out_dir") + 1] for argv in called] == list(map(str, runs.values()))
+    assert {argv[argv.index("--start") + 1] for argv in called} == {str(start)}
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--epochs", "3"], "--num_epochs 2 -> 3"),
+    (["--epochs", "1"], "--num_epochs 2 -> 1"),
+    (["--lr", "0.1"], "--lr 0.0004 -> 0.1"),
+    (["--train_dir", "OTHER"], "the photographs"),
+    (["--start", "runs/baseline_seed1/netG_epoch_2_2.pth"], "the generator that it starts from"),
+])
+def test_other_settings_are_refused_before_anything_is_trained(done, tmp_path, more, said):
+    folder, _, _, updates = done
+    before, steps = modified(folder / "runs"), len(updates)
+    for i, portrait in enumerate(synthetic_portraits(8, 24, 9)):
+        Image.fromarray(portrait).save(tmp_path / f"{i}.png")
+    more = [str(folder / word) if word.startswith("runs") else word.replace("OTHER", str(tmp_path))
+            for word in more]
+    with pytest.raises(InputError, match=said):
+        ablation.main([*flags(folder), *more])
+    assert modified(folder / "runs") == before and len(updates) == steps
+
+
+def test_a_bad_judge_or_run_is_named(done, tmp_path):
+    folder = done[0]
+    elsewhere = [*flags(folder), "--out_dir", str(tmp_path / "runs")]
+    with pytest.raises(InputError, match="judge.*no such file"):
+        ablation.main([*elsewhere, "--judge", "nothing.pt"])
+    assert not (tmp_path / "runs").exists()  # not after hours of training
+    with pytest.raises(InputError, match="runs/warm: .*not finite"):
+        ablation.main([*elsewhere, "--lr", "1e30", "--batch_size", "8"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+
+
+def test_tables_have_the_promised_columns(done):
+    table = pd.read_csv(done[0] / "results" / "ablation.csv").set_index("name")
+    blends = [f"blend {weight:g}" for weight in ablation.BLEND]
+    assert table.index.tolist() == ["bicubic", "warm start", *NAMES, *blends]
+    for metric in ("psnr_y", "ssim", "cosine", "cosine_judge"):
+        assert (table[f"{metric}_low"] <= table[metric]).all()
+        assert (table[metric] <= table[f"{metric}_high"]).all()
+        differences = table.loc[NAMES[1:], f"{metric}_difference"]
+        assert np.allclose(differences, table[metric][NAMES[1:]] - table[metric]["baseline"])
+        assert table[f"{metric}_larger_than_chance"].notna().sum() == 3
+    assert {"alpha", "beta", "gamma", "n", "rank1", "auc_judge", "psnr_y_last_mean",
+            "cosine_last_min", "d_accuracy_last_max"} <= set(table)
+    assert (table["n"] == 4).all()
+
+
+def test_values_are_those_of_the_generators(done):
+    folder = done[0]
+    table = pd.read_csv(folder / "results" / "ablation.csv").set_index("name")
+    luma = np.array([0.299, 0.587, 0.114])[:, None, None]
+    values = []
+    for seed in (1, 2):
+        netG = checkpoints.load_generator(folder / f"runs/identity_seed{seed}/netG_epoch_2_2.pth")
+        for lr, _, hr in ValidDatasetFromFolder(folder / "valid", 16, 2):
+            error = ((netG(lr[None])[0].detach().double().numpy() - hr.numpy()) * luma).sum(0)
+            values.append(-10 * np.log10((error ** 2).mean()))
+    assert table["psnr_y"]["identity"] == pytest.approx(np.mean(values), abs=1e-4)
+
+    logs = [pd.read_csv(folder / f"runs/identity_seed{seed}/train_results.csv")["PSNR"].mean()
+            for seed in (1, 2)]  # both epochs are the last two
+    assert table["psnr_y_last_mean"]["identity"] == pytest.approx(np.mean(logs))
+    assert table["psnr_y_last_min"]["identity"] == pytest.approx(min(logs))
+    assert table["psnr_y_last_max"]["identity"] == pytest.approx(max(logs))
+
+
+def test_blend_goes_from_visual_to_identity(done):
+    folder = done[0]
+    table = pd.read_csv(folder / "results" / "ablation.csv").set_index("name")
+    for name, blend in (("visual", "blend 0"), ("identity", "blend 1")):
+        log = pd.read_csv(folder / "runs" / f"{name}_seed1" / "train_results.csv").iloc[-1]
+        assert table["psnr_y"][blend] == pytest.approx(log["PSNR"], abs=1e-4)
+        assert table["cosine"][blend] == pytest.approx(log["Cosine"], abs=1e-5)
+
+
+def test_last_epochs_by_hand():
+    rows = [("a", seed, epoch, base + epoch) for seed, base in ((1, 0), (2, 10))
+            for epoch in (1, 2, 3)]
+    curves = pd.DataFrame(rows, columns=["name", "seed", "epoch", "psnr_y"])
+    curves = curves.assign(ssim=curves["psnr_y"], cosine=0.5, d_accuracy=1.0)
+    last = ablation.last_epochs(curves, 2).loc["a"]
+    assert last["psnr_y"].to_dict() == {"mean": 7.5, "min": 2.5, "max": 12.5}
+
+
+@pytest.mark.parametrize("low, high, by_seed, verdict", [
+    (0.010, 0.014, [0.011, 0.013], True),
+    (-0.014, -0.010, [-0.011, -0.013], True),
+    (-0.001, 0.025, [0.011, 0.013], False),     # the photographs could have done it
+    (0.010, 0.014, [0.004, 0.020], False),      # or the seed: 0.012 on average, 0.016 apart
+    (0.010, 0.014, [-0.002, 0.026], False),
+    (0.010, 0.014, [0.012], None),              # one seed, no spread
+    (-0.010, 0.014, [0.002], False),
+    (0.0, 0.014, [0.007, 0.007], False),
+])
+def test_larger_than_chance(low, high, by_seed, verdict):
+    assert ablation.larger_than_chance(low, high, by_seed) is verdict
+
+
+def test_differences_and_sentences_by_hand():
+    runs = {(name, seed): Path(f"{name}_seed{seed}")
+            for seed in (1, 2) for name in ("baseline", "identity")}
+    images = [f"{i}.png" for i in range(50)]
+    per_image = pd.concat([pd.DataFrame({
+        "model": name, "image": images, "psnr_y": 25 + noise,
+        "cosine": 0.8 + gain + noise / 1000}) for name, gain, noise in (
+            ("baseline", 0.0, np.sin(np.arange(50))), ("identity", 0.012, np.cos(np.arange(50))))])
+    per_run = pd.DataFrame({"model": [folder.name for folder in runs.values()],
+                            "psnr_y": [25.0, 25.1, 25.0, 24.9],
+                            "cosine": [0.8, 0.811, 0.8, 0.813]})
+    pairs = ablation.differences(per_image, per_run, runs).set_index("metric", drop=False)
+    assert pairs["larger_than_chance"].to_dict() == {"psnr_y": False, "cosine": True}
+    assert np.allclose(pairs["by_seed"]["cosine"], [0.011, 0.013])
+    words = [ablation.sentence(pair) for pair in pairs.itertuples()]
+    assert words[0].startswith("identity - baseline: PSNR-Y (dB) ")
+    assert words[0].endswith("within chance (by seed: +0.100, -0.100)")
+    assert words[1].startswith("identity - baseline: cosine +0.012")
+    assert words[1].endswith("larger than chance (by seed: +0.0110, +0.0130)")
+
+
+def test_report_states_rule_conditions_and_references(done):
+    folder = done[0]
+    text = (folder / "results" / "ablation.md").read_text()
+    assert "16 training and 4 validation photographs, 16 px, 2x" in text
+    assert "VGG16 tiny; InceptionResnetV1 tiny" in text and "seeds 1, 2" in text
+    assert "excludes 0" in text and "spread between seeds" in text
+    assert text.count("- baseline: ") == 3 * 4  # metrics: three and a judge's
+    assert "| gamma_30 | 0.005 | 0.001 | 30.0 | " in text
+    for name, values in figures.REPORT.items():
+        assert f"| {name} | {values['PSNR']} | {values['SSIM']} | {values['Cosine']} |" in text
+    with Image.open(folder / "results" / "ablation.png") as image:
+        assert image.width > 1000
+
+
+def test_the_person_who_stops_it_is_told_how_to_go_on(done, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_identity, "train", lambda args: exit(130))
+    command = [*flags(done[0]), "--out_dir", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit) as stop:
+        ablation.main(command)
+    said = capsys.readouterr().out
+    assert stop.value.code == 130
+    assert f"python ablation.py {' '.join(command)}" in said

@@ -1,0 +1,503 @@
+"""evaluate.py: metrics against numpy and hand counts, judges, and the script on portraits."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import checkpoints
+import evaluate
+from data_utils import InputError, ValidDatasetFromFolder, synthetic_portraits
+from model import Discriminator, Generator
+
+CPU = torch.device("cpu")
+
+
+def psnr_by_hand(a, b):
+    """(H, W, 3) arrays in [0, 1] -> dB on Y."""
+    error = (a - b) @ np.array([0.299, 0.587, 0.114])
+    return 10 * np.log10(1 / np.mean(error ** 2))
+
+
+def ssim_by_hand(a, b):
+    """Wang et al. 2004, zero-padded, channel by channel; (H, W, 3) arrays in [0, 1] -> mean."""
+    g = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
+    window = np.outer(g, g) / g.sum() ** 2
+
+    def local_mean(x):
+        padded = np.pad(x, ((5, 5), (5, 5), (0, 0)))
+        return sum(window[i, j] * padded[i:i + x.shape[0], j:j + x.shape[1]]
+                   for i in range(11) for j in range(11))
+
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    ma, mb = local_mean(a), local_mean(b)
+    va, vb = local_mean(a * a) - ma ** 2, local_mean(b * b) - mb ** 2
+    cov = local_mean(a * b) - ma * mb
+    return np.mean((2 * ma * mb + c1) * (2 * cov + c2)
+                   / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2)))
+
+
+def as_tensors(images):
+    """(N, H, W, 3) array -> (N, 3, H, W) float tensor."""
+    return torch.tensor(images, dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Two pairs of pictures, one close and one not: (2, 18, 23, 3) arrays in [0, 1]."""
+    rng = np.random.default_rng(0)
+    hr = rng.random((2, 18, 23, 3))
+    noise = rng.standard_normal(hr.shape) * np.array([0.03, 0.3])[:, None, None, None]
+    return np.clip(hr + noise, 0, 1), hr
+
+
+# ---------------------------------------------------------------------------------------------
+# The metrics
+
+
+def test_psnr_y(pairs):
+    sr, hr = pairs
+    actual = evaluate.psnr_y(as_tensors(sr), as_tensors(hr))
+    np.testing.assert_allclose(actual, [psnr_by_hand(a, b) for a, b in zip(sr, hr)], rtol=1e-4)
+    flat = torch.full((1, 3, 4, 4), 0.5)
+    green = flat + torch.tensor([0, 0.1, 0])[:, None, None]
+    assert evaluate.psnr_y(green, flat).item() == pytest.approx(-20 * np.log10(0.0587), rel=1e-4)
+    assert evaluate.psnr_y(flat, flat).item() == np.inf
+
+
+def test_ssim(pairs):
+    sr, hr = pairs
+    actual = evaluate.ssim(as_tensors(sr), as_tensors(hr))
+    expected = [ssim_by_hand(a, b) for a, b in zip(sr, hr)]
+    assert expected[0] > 0.9 > expected[1]
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    np.testing.assert_allclose(evaluate.ssim(as_tensors(hr), as_tensors(hr)), [1, 1], atol=1e-6)
+
+
+def test_ssim_runs_where_the_images_are():
+    with FakeTensorMode():  # shapes and devices only: no GPU needed
+        images = torch.empty(2, 3, 16, 16, device="cuda")
+        assert evaluate.ssim(images, images).device.type == "cuda"
+
+
+def test_cosine():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 4, 6))
+    expected = [x @ y / np.sqrt(x @ x * (y @ y)) for x, y in zip(a, b)]
+    np.testing.assert_allclose(evaluate.cosine(torch.tensor(a), torch.tensor(b)), expected,
+                               rtol=1e-5)
+
+
+def test_recognition_counted_by_hand():
+    n = 20  # 380 impostor pairs: 1 % lets three of them through
+    similarity = np.full((n, n), 0.01) + np.eye(n) * 0.59
+    similarity[0, [0, 1, 2]] = 0.2, 0.5, 0.45    # third best, and under the threshold
+    similarity[1, [0, 1]] = 0.4, 0.35            # second best, but over the threshold
+    similarity[2, [0, 2]] = 0.31, 0.3            # second best; 0.31 is the threshold
+    similarity[3, 3] = 0.005                     # behind everybody
+    probes = np.hstack([similarity, np.sqrt(1 - (similarity ** 2).sum(1, keepdims=True))])
+    gallery = np.eye(n, n + 1)
+    lengths = np.linspace(0.5, 3, n)[:, None]    # which must not matter
+    rates = evaluate.recognition(probes * lengths, gallery * lengths[::-1])
+    genuine, impostors = np.diag(similarity), similarity[~np.eye(n, dtype=bool)]
+    wins = (genuine[:, None] > impostors).mean()
+    assert rates == pytest.approx({"rank1": 16 / 20, "rank5": 19 / 20, "tar_at_far_1": 17 / 20,
+                                   "auc": wins})
+
+
+def test_recognition_of_random_embeddings_by_all_pairs():
+    rng = np.random.default_rng(1)
+    n = 25
+    gallery = rng.standard_normal((n, 4))
+    probes = gallery + rng.standard_normal((n, 4))
+    unit = [x / np.sqrt((x ** 2).sum(1))[:, None] for x in (probes, gallery)]
+    genuine = [unit[0][i] @ unit[1][i] for i in range(n)]
+    impostors = [unit[0][i] @ unit[1][j] for i in range(n) for j in range(n) if i != j]
+    auc = np.mean([(g > i) + (g == i) / 2 for g in genuine for i in impostors])
+    # the largest TAR of any threshold whose FAR is at most 1 %
+    tar = max(np.mean(np.array(genuine) > t) for t in impostors
+              if np.mean(np.array(impostors) > t) <= 0.01)
+    better = [sum(unit[0][i] @ unit[1][j] > genuine[i] for j in range(n)) for i in range(n)]
+    rates = evaluate.recognition(probes, gallery)
+    assert rates == pytest.approx({"auc": auc, "tar_at_far_1": tar,
+                                   "rank1": np.mean(np.array(better) < 1),
+                                   "rank5": np.mean(np.array(better) < 5)})
+    assert 0 < rates["rank1"] < rates["rank5"] < 1 and 0.5 < rates["auc"] < 1
+
+
+def test_recognition_at_its_limits():
+    faces = np.random.default_rng(0).standard_normal((12, 8))
+    assert set(evaluate.recognition(faces, faces).values()) == {1.0}
+    same = evaluate.recognition(np.ones((12, 8)), np.ones((12, 8)))  # a network that collapsed
+    assert same == {"rank1": 0, "rank5": 0, "auc": 0.5, "tar_at_far_1": 0}
+    one = evaluate.recognition(faces[:1], faces[:1])
+    assert np.isnan(one["auc"]) and np.isnan(one["tar_at_far_1"])
+
+
+def test_bootstrap_is_the_normal_interval_of_normal_data():
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    low, high = evaluate.bootstrap(values)
+    half = 1.96 * values.std() / np.sqrt(400)
+    assert low == pytest.approx(values.mean() - half, abs=0.05 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.05 * half)
+    assert (low, high) == evaluate.bootstrap(values)
+    assert (low, high) != evaluate.bootstrap(values, seed=1)
+    assert evaluate.bootstrap(np.full(7, 0.25)) == (0.25, 0.25)
+
+
+def test_bootstrap_of_a_coin_follows_the_binomial():
+    """Means of 20 resampled from 10 heads: Binomial(20, 1/2) / 20, whose quantiles are 6 and 14."""
+    values = np.repeat([0.0, 1.0], 10)
+    assert evaluate.bootstrap(values) == (6 / 20, 14 / 20)
+
+
+def test_differences_are_paired_by_image():
+    rng = np.random.default_rng(0)
+    images = [f"{i}.png" for i in range(30)]
+    a = pd.DataFrame({"model": "a", "image": images, "psnr_y": rng.normal(25, 3, 30),
+                      "ssim": rng.random(30)})
+    b = a.assign(model="b", psnr_y=a["psnr_y"] + 0.5)[::-1]  # constant gain, other order
+    c = a.assign(model="c", psnr_y=a["psnr_y"] + rng.normal(0, 1, 30))
+    hr = a.assign(model="HR", psnr_y=np.inf)
+    table = evaluate.differences(pd.concat([a, b, c, hr]), seed=0)
+    assert list(zip(table["model"], table["minus"])) == [
+        (m, minus) for m, minus in (("b", "a"), ("c", "a"), ("c", "b")) for _ in range(2)]
+    rows = table.set_index(["model", "minus", "metric"])
+    gain = rows.loc["b", "a", "psnr_y"]
+    for column in ("difference", "low", "high"):
+        assert gain[column] == pytest.approx(0.5)
+    assert gain["larger_than_chance"] and not rows.loc["b", "a", "ssim"]["larger_than_chance"]
+    values = c["psnr_y"].to_numpy() - a["psnr_y"].to_numpy()
+    noise = rows.loc["c", "a", "psnr_y"]
+    assert noise["difference"] == pytest.approx(values.mean())
+    half = 1.96 * values.std() / np.sqrt(30)
+    assert noise["high"] - noise["low"] == pytest.approx(2 * half, rel=0.1)
+    assert noise["larger_than_chance"] == (abs(values.mean()) > half)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+class Embedder(nn.Module):
+    """Cheap and different for every face: a coarse picture of it."""
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(x, 4).flatten(1)
+
+
+def save_portraits(folder, sizes, seed=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, portrait in enumerate(synthetic_portraits(len(sizes), 64, seed)):
+        Image.fromarray(portrait).resize(sizes[i]).save(folder / f"face_{i}.png")
+    return folder
+
+
+SIZES = [(40, 40), (40, 40), (40, 40), (48, 40), (40, 40)]
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """Whole frames of different sizes."""
+    return ValidDatasetFromFolder(save_portraits(tmp_path_factory.mktemp("frames"), SIZES), 0, 4)
+
+
+def test_a_batch_holds_one_size_in_order(frames):
+    for indices, expected in ((None, [[0, 1], [2], [3], [4]]), ([4, 0, 3], [[4, 0], [3]]),
+                              ([], [])):
+        seen = list(evaluate.batches(frames, 2, CPU, indices))
+        assert [group for group, *_ in seen] == expected
+        for group, *images in seen:
+            for k, batch in enumerate(images):  # LR, bicubic, HR
+                assert torch.equal(batch, torch.stack([frames[i][k] for i in group]))
+
+
+def test_measuring_in_batches_is_measuring_one_by_one(frames):
+    torch.manual_seed(0)
+    netG, netD = Generator(4).eval(), Discriminator().eval()
+    models = {"bicubic": lambda lr, restored, hr: restored,
+              "net": lambda lr, restored, hr: netG(lr), "HR": lambda lr, restored, hr: hr}
+    embedders = {"cosine": Embedder(), "cosine_judge": Embedder()}
+    (batched, vectors), (single, _) = (evaluate.measure(models, frames, embedders, size, CPU)
+                                       for size in (3, 1))
+    assert list(batched.columns) == ["model", "image", "psnr_y", "ssim", "cosine", "cosine_judge"]
+    by_name = [table.sort_values(["model", "image"], ignore_index=True)
+               for table in (batched, single)]
+    pd.testing.assert_frame_equal(*by_name, rtol=1e-4)
+    assert vectors["net", "cosine_judge"].shape == (5, 48)
+    assert (batched["image"][batched["model"] == "net"] == [p.name for p in frames.files]).all()
+
+    known = {}
+    for _ in range(2):  # what training logs, with HR's embeddings new and then known
+        rows = evaluate.validate(netG.train(), netD.train(), frames, embedders["cosine"], known, 3,
+                                 CPU, range(5)).numpy()
+        assert sorted(known) == rows[:, 5].tolist() == [0, 1, 2, 3, 4]
+        np.testing.assert_allclose(rows[:, :3], batched[batched["model"] == "net"][
+            ["psnr_y", "ssim", "cosine"]], rtol=1e-4)
+    with torch.no_grad():
+        logits = [netD(frames[3][2][None]).item(), netD(netG(frames[3][0][None])).item()]
+    np.testing.assert_allclose(rows[3, 3:5], logits, rtol=1e-3, atol=1e-5)
+
+
+def test_summary_has_the_means_and_the_pooled_psnr():
+    table = pd.DataFrame({"model": ["a"] * 2 + ["HR"] * 2, "image": ["1", "2"] * 2,
+                          "psnr_y": [20.0, 40.0, np.inf, np.inf], "ssim": [0.5, 0.7, 1, 1],
+                          "cosine": [0.8, 0.9, 1, 1]})
+    vectors = {("a", "cosine"): np.eye(2), ("HR", "cosine"): np.eye(2)}
+    a, hr = (row for _, row in evaluate.summarise(table, vectors, 0).iterrows())
+    assert (a["n"], a["psnr_y"], a["ssim"], a["cosine"]) == pytest.approx((2, 30, 0.6, 0.85))
+    assert (a["psnr_y_low"], a["psnr_y_high"]) == (20, 40)  # a quarter of the draws are one image
+    assert a["psnr_y_pooled"] == pytest.approx(-10 * np.log10((1e-2 + 1e-4) / 2))
+    assert hr["psnr_y"] == hr["psnr_y_low"] == hr["psnr_y_pooled"] == np.inf
+    assert a["rank1"] == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Judges
+
+
+class Judge(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 16, stride=16)
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return F.normalize(self.bn(self.conv(x)).mean((2, 3)))
+
+
+class Flat(nn.Module):
+    """Not an embedding of each face."""
+
+    def forward(self, x):
+        return x.mean((1, 2, 3))
+
+
+class Narrow(nn.Module):
+    """For other inputs than a judge gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(7, 2)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def script(network, path):
+    torch.jit.save(torch.jit.script(network.eval()), path)
+    return path
+
+
+def export(network, path, dynamic=True):
+    shapes = ({0: torch.export.Dim("n")},) if dynamic else None
+    torch.export.save(torch.export.export(network.eval(), (torch.zeros(2, 3, 160, 160),),
+                                          dynamic_shapes=shapes), path)
+    return path
+
+
+judges = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning",
+                                    "ignore:.*torch.jit.*:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch):
+    """load_judge tells torch.export not to unpickle, through the environment."""
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+
+
+@judges
+@pytest.mark.parametrize("save, name", [(script, "judge.pt"), (export, "judge.pt2")])
+def test_a_judge_gives_its_own_embeddings(save, name, tmp_path):
+    torch.manual_seed(0)
+    network = Judge()
+    nn.init.uniform_(network.bn.running_var, 0.5, 2)
+    judge = evaluate.load_judge(str(save(network, tmp_path / name)))
+    images = torch.rand(5, 3, 160, 160).contiguous(memory_format=torch.channels_last)
+    for n in (1, 2, 5):  # [0, 1] pictures reach it in [-1, 1]
+        torch.testing.assert_close(evaluate.embed(judge, images[:n]), network(images[:n] * 2 - 1),
+                                   rtol=1e-4, atol=1e-5)
+
+
+def refused(path):
+    with pytest.raises(InputError, match="--judge") as error:
+        evaluate.load_judge(str(path))
+    message = str(error.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+@judges
+def test_judges_that_cannot_judge_are_refused(tmp_path):
+    assert "no such file" in refused(tmp_path / "missing.pt")
+    assert "(1,)" in refused(script(Flat(), tmp_path / "flat.pt"))
+    assert "cannot be multiplied" in refused(script(Narrow(), tmp_path / "narrow.pt"))
+    assert "fails on a 1 x 3" in refused(export(Judge(), tmp_path / "fixed.pt2", dynamic=False))
+
+
+@judges
+def test_files_that_are_no_judges_are_refused_in_one_line(tmp_path, capfd, caplog):
+    path = tmp_path / "judge.pt"
+    for good in (script(Judge(), tmp_path / "a.pt"), export(Judge(), tmp_path / "b.pt2")):
+        path.write_bytes(good.read_bytes()[:-300])
+        assert "neither" in refused(path)
+    capfd.readouterr()
+    caplog.clear()
+    for content in (b"", b"not a network", good.read_bytes()[:1000]):
+        path.write_bytes(content)
+        assert "neither" in refused(path)
+    torch.save(Judge().state_dict(), path)
+    assert "neither" in refused(path)
+    assert capfd.readouterr() == ("", "") and not caplog.records  # no loader's traceback
+
+
+class Hostile:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_an_exported_judge_runs_no_pickled_code(tmp_path):
+    trace, path = tmp_path / "trace", tmp_path / "judge.pt2"
+    with zipfile.ZipFile(export(Judge(), tmp_path / "good.pt2")) as good, \
+            zipfile.ZipFile(path, "w") as bad:
+        for name in good.namelist():
+            hostile = name.endswith("sample_inputs/model.pt")
+            bad.writestr(name, pickle.dumps(Hostile(f"touch {trace}"), 2) if hostile
+                         else good.read(name))
+    refused(path)
+    assert not trace.exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random 4x generator whose pictures are not just middle grey."""
+    torch.manual_seed(0)
+    generator = Generator(4)
+    with torch.no_grad():
+        generator.last.weight.mul_(5)
+    path = tmp_path_factory.mktemp("network") / "netG_epoch_4_1.pth"
+    checkpoints.save_torch(generator.state_dict(), path)
+    return path
+
+
+@judges
+def test_the_script_on_portraits(checkpoint, tmp_path, capsys):
+    data, out = save_portraits(tmp_path / "data", [(48, 40)] * 3), tmp_path / "out"
+    judge = script(Judge(), tmp_path / "mine.pt")
+    evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size", "32",
+                   "--face_weights", "random", "--judge", str(judge), "--out_dir", str(out),
+                   "--device", "cpu", "--batch_size", "2"])
+    assert sorted(p.name for p in out.iterdir()) == [
+        "comparison.png", "differences.csv", "per_image.csv", "summary.csv", "summary.md"]
+
+    per_image = pd.read_csv(out / "per_image.csv")
+    assert list(per_image.columns[:5]) == ["model", "image", "psnr_y", "ssim", "cosine"]
+    assert per_image["model"].value_counts().to_dict() == {"bicubic": 3, checkpoint.stem: 3,
+                                                           "HR": 3}
+    for row in per_image[per_image["model"] == "bicubic"].itertuples():
+        hr = Image.open(data / row.image).crop((8, 4, 40, 36))
+        sr = hr.resize((8, 8), Image.BICUBIC).resize((32, 32), Image.BICUBIC)
+        a, b = (np.asarray(image) / 255 for image in (sr, hr))
+        assert row.psnr_y == pytest.approx(psnr_by_hand(a, b), rel=1e-4)
+        assert row.ssim == pytest.approx(ssim_by_hand(a, b), abs=1e-4)
+
+    summary = pd.read_csv(out / "summary.csv").set_index("model")
+    assert list(summary.index) == ["bicubic", checkpoint.stem, "HR"] and (summary["n"] == 3).all()
+    means = per_image.groupby("model")[["psnr_y", "ssim", "cosine", "cosine_mine"]].mean()
+    for model in ("bicubic", checkpoint.stem):
+        for metric in means:
+            assert summary[metric][model] == pytest.approx(means[metric][model])
+            assert (summary[f"{metric}_low"][model] <= means[metric][model] + 1e-9
+                    and means[metric][model] <= summary[f"{metric}_high"][model] + 1e-9)
+    ceiling = summary.loc["HR"]
+    assert ceiling["psnr_y"] == np.inf
+    for column in ("ssim", "cosine", "cosine_mine", "auc_mine", "rank1_mine", "tar_at_far_1_mine"):
+        assert ceiling[column] == pytest.approx(1)
+    assert {"psnr_y_pooled", "rank1", "rank5", "auc", "tar_at_far_1"} <= set(summary.columns)
+    assert "random" in ceiling["networks"]
+
+    differences = pd.read_csv(out / "differences.csv")
+    assert {"model", "minus", "metric", "difference", "low", "high"} <= set(differences.columns)
+    assert set(differences["metric"]) == {"psnr_y", "ssim", "cosine", "cosine_mine"}
+    gain = differences[differences["metric"] == "psnr_y"].iloc[0]
+    assert gain["difference"] == pytest.approx(
+        means["psnr_y"][gain["model"]] - means["psnr_y"][gain["minus"]])
+
+    text = (out / "summary.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row.split()[1] for row in rows] == ["model", "bicubic", checkpoint.stem, "HR"]
+    assert len({row.count("|") for row in rows}) == 1
+    assert text in capsys.readouterr().out
+    assert min(Image.open(out / "comparison.png").size) >= 4 * 32
+
+
+def test_the_script_on_whole_frames_and_odd_crops(checkpoint, tmp_path, monkeypatch, capsys):
+    data = save_portraits(tmp_path / "data", [(41, 40), (48, 43)])
+    monkeypatch.setattr(evaluate, "load_face_network",
+                        lambda name: setattr(network := Embedder(), "label", name) or network)
+    pictures = []
+    monkeypatch.setattr(evaluate.figures, "save_comparison",
+                        lambda path, headings, rows: pictures.append((headings, rows)))
+
+    def run(*argv):
+        evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data), "--device", "cpu",
+                       "--out_dir", str(tmp_path / "out"), *argv])
+        return pd.read_csv(tmp_path / "out" / "per_image.csv"), pictures.pop()
+
+    table, (headings, rows) = run("--crop_size", "0")
+    assert len(table) == 6 and headings == ["LR", "bicubic", checkpoint.stem, "HR"]
+    sizes = {(40, 40): (10, 10), (48, 40): (12, 10)}  # HR: LR; both frames are shown
+    assert {row["images"][-1].size: row["images"][0].size for row in rows} == sizes
+    for row in rows:
+        assert row["images"][1].size == row["images"][2].size == row["images"][3].size
+        assert len(row["captions"]) == 4 and "cos" in row["captions"][2]
+    assert "no multiple" not in capsys.readouterr().out
+
+    _, (_, rows) = run("--crop_size", "31")
+    assert "--crop_size 31 is no multiple of 4: using 28" in capsys.readouterr().out
+    assert {row["images"][-1].size for row in rows} == {(28, 28)}
+
+
+def test_the_pictures_are_the_best_the_median_and_the_worst(frames):
+    table = pd.DataFrame({"model": "net", "image": [p.name for p in frames.files], "psnr_y": 20.0,
+                          "cosine": [0.5, 0.1, 0.9, 0.7, 0.3]})
+    models = {"net": lambda lr, restored, hr: restored}
+    rows = evaluate.picture_rows(models, frames, table, CPU)
+    assert [row["label"] for row in rows] == ["best", "median", "worst"]
+    assert [row["captions"][1] for row in rows] == ["cos 0.90  20.0 dB", "cos 0.50  20.0 dB",
+                                                    "cos 0.10  20.0 dB"]
+    for row, index in zip(rows, (2, 0, 1)):
+        assert np.array_equal(np.asarray(row["images"][0]),
+                              (frames[index][0].permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def test_what_the_script_cannot_use(checkpoint, tmp_path):
+    data = save_portraits(tmp_path / "data", [(40, 40)])
+    other = tmp_path / "netG_epoch_2_1.pth"
+    checkpoints.save_torch(Generator(2).state_dict(), other)
+    rest = ["--face_weights", "random", "--out_dir", str(tmp_path / "out")]
+    for argv, part in (
+            (["--checkpoint", str(tmp_path / "none.pth")], "none.pth"),
+            (["--checkpoint", str(checkpoint), str(other)], "factor"),
+            (["--checkpoint", str(checkpoint), "--blend", "B.pth"], "--blend"),
+            (["--checkpoint", str(checkpoint), "--data_dir", str(tmp_path / "no")], "--data_dir"),
+            (["--checkpoint", str(checkpoint), "--crop_size", "64"], "face_0.png")):
+        with pytest.raises(InputError, match=part):
+            evaluate.main(["--data_dir", str(data), *argv, *rest])
+    assert not Path(tmp_path / "out").exists()

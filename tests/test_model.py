@@ -1,0 +1,105 @@
+"""model.py against closed forms and the definitions of its layers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Discriminator, Generator, SubPixelConv2d, UpsampleBlock, probability
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_generator_enlarges_by_its_factor_into_0_1(factor):
+    torch.manual_seed(0)
+    generator = Generator(factor).eval()
+    with torch.no_grad():
+        generator.last.weight.mul_(1e4)  # far into both ends of the tanh
+        sr = generator(torch.rand(2, 3, 5, 7))
+    assert generator.scale_factor == factor
+    assert sr.shape == (2, 3, 5 * factor, 7 * factor)
+    assert sr.min() >= 0 and sr.max() <= 1 and sr.min() < 0.01 and sr.max() > 0.99
+
+
+def test_generator_ends_in_a_tanh_brought_to_0_1():
+    generator = Generator(2).eval()
+    with torch.no_grad():
+        generator.last.weight.zero_()
+        generator.last.bias.copy_(torch.tensor([-0.5, 0.0, 2.0]))
+        sr = generator(torch.rand(1, 3, 4, 4))
+    expected = (1 + torch.tensor([-0.5, 0.0, 2.0]).tanh()) / 2
+    torch.testing.assert_close(sr, expected[None, :, None, None].expand_as(sr))
+
+
+def test_parameter_counts():
+    assert parameters(Generator(8)) == 881_932
+    # a sub-pixel block less: its 3x3 convolution from 64 to 256 channels, biases and one PReLU
+    block = 256 * 64 * 9 + 256 + 1
+    assert parameters(Generator(4)) == 881_932 - block
+    assert parameters(Generator(2)) == 881_932 - 2 * block
+    assert parameters(Discriminator()) == 5_215_425
+
+
+@pytest.mark.parametrize("factor", [0, 1, 3, 6, -2])
+def test_other_factors_are_refused(factor):
+    with pytest.raises(ValueError, match=str(factor)):
+        Generator(factor)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 33)])
+def test_discriminator_gives_one_logit_per_image(size):
+    torch.manual_seed(0)
+    discriminator = Discriminator().eval()
+    with torch.no_grad():
+        logits = discriminator(torch.rand(3, 3, *size))
+        discriminator.classifier[-1].bias += 50
+        shifted = discriminator(torch.rand(1, 3, *size))
+    assert logits.shape == (3,) and shifted.shape == (1,)
+    assert shifted.item() > 40  # not squashed by a sigmoid
+
+
+def test_probability_is_the_sigmoid():
+    logits = torch.tensor([-3.0, 0.0, 1.5])
+    torch.testing.assert_close(probability(logits), 1 / (1 + (-logits).exp()))
+
+
+def test_sub_pixel_convolution_is_the_convolution_after_the_shuffle():
+    torch.manual_seed(0)
+    layer = SubPixelConv2d(5, 3, 9, padding=4).double()
+    x = torch.randn(2, 20, 3, 4, dtype=torch.double, requires_grad=True)
+    inputs = (x, layer.weight, layer.bias)
+    expected = F.conv2d(F.pixel_shuffle(x, 2), layer.weight, layer.bias, padding=4)
+    actual = layer(x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    for ours, theirs in zip(torch.autograd.grad(actual, inputs, upstream),
+                            torch.autograd.grad(expected, inputs, upstream)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_the_activation_commutes_with_the_shuffle():
+    torch.manual_seed(0)
+    block = UpsampleBlock(4)
+    x = torch.randn(2, 4, 3, 5)
+    expected = block.prelu(F.pixel_shuffle(block.conv(x), 2))
+    torch.testing.assert_close(block(x), expected)
+    torch.testing.assert_close(F.pixel_shuffle(block(x, shuffle=False), 2), expected)
+
+
+def cells(images):
+    """(N, C, 2H, 2W) -> (N, C, H, W, 4), the four pixels of every 2x2 cell."""
+    return torch.stack([images[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=-1)
+
+
+def test_icnr_starts_as_a_nearest_neighbour_upsampling():
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, 4, 5)
+    with torch.no_grad():
+        for block in Generator(8).upsample:
+            output = cells(block(x))
+            torch.testing.assert_close(output, output[..., :1].expand_as(output))
+            assert output.std() > 0.1  # of something, not of nothing
+        plain = cells(Generator(8, icnr=False).upsample[0](x))
+    assert (plain - plain[..., :1]).abs().max() > 0.1

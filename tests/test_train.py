@@ -1,0 +1,368 @@
+"""train_identity.py: the step, a whole run, and everything that may happen to a run."""
+
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import benchmark
+import checkpoints
+import train_identity
+from data_utils import InputError
+
+REPORT_COLUMNS = "Epoch,Loss_D,Loss_G,Score_D,Score_G,PSNR,SSIM,Cosine"
+
+
+def flags(faces, out_dir, *more):
+    """A run of a few seconds: 16 px, 2x, no VGG (alpha 0), a random face network."""
+    return ["--train_dir", f"{faces}/train", "--valid_dir", f"{faces}/valid", "--crop_size", "16",
+            "--upscale_factor", "2", "--batch_size", "2", "--num_epochs", "2", "--lazy", "2",
+            "--alpha", "0", "--face_weights", "random", "--device", "cpu", "--out_dir",
+            str(out_dir), *more]
+
+
+def weights(folder, epoch=2):
+    return torch.load(folder / f"netG_epoch_2_{epoch}.pth", weights_only=True)
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_of_each_frozen_network():
+    """Building them takes longer than a tiny run; nothing changes them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_vgg", "load_face_network"):
+            patch.setattr(train_identity, name, functools.cache(getattr(train_identity, name)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(faces, tmp_path_factory):
+    """A finished run: one pixel epoch, one GAN epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    train_identity.main(flags(faces, folder))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# The step
+
+
+def small_run(*more):
+    args = train_identity.parse(
+        ["--crop_size", "32", "--batch_size", "4", "--vgg_weights", "random", "--face_weights",
+         "random", "--device", "cpu", "--gamma", "3", *more])
+    run = train_identity.build(args, torch.device("cpu"), 1)
+    run.netG.train()
+    run.netD.train()
+    generator = torch.Generator().manual_seed(5)
+    return run, torch.rand(4, 3, 4, 4, generator=generator), torch.rand(4, 3, 32, 32,
+                                                                        generator=generator)
+
+
+@pytest.mark.parametrize("more", [("--gan_loss", "bce", "--beta", "0.1"),
+                                  ("--gan_loss", "relativistic", "--alpha", "0", "--gamma", "0"),
+                                  ("--gan_loss", "hinge", "--alpha", "0", "--gamma", "0"),
+                                  ("--gan_loss", "linear", "--alpha", "0", "--gamma", "0")])
+def test_step_equals_the_straightforward_loop(more):
+    """Same losses and same updated weights as autograd on L_total in NCHW (benchmark.py)."""
+    fast, lr, hr = small_run(*more)
+    plain, _, _ = small_run(*more)
+    for network in (plain.netG, plain.netD):
+        network.to(memory_format=torch.contiguous_format)
+    plain.optimizerG = torch.optim.SGD(plain.netG.parameters(), lr=0.1)
+    plain.optimizerD = torch.optim.SGD(plain.netD.parameters(), lr=0.1)
+    expected = benchmark.reference_step(plain, lr, hr)
+
+    fast.optimizerG = torch.optim.SGD(fast.netG.parameters(), lr=0.1)
+    fast.optimizerD = torch.optim.SGD(fast.netD.parameters(), lr=0.1)
+    fast.chunk = 3
+    targets = train_identity.cached_targets(fast.loss, {}, range(4), hr)
+    values = train_identity.train_step(fast, lr, hr, targets, True, True).nan_to_num(0)
+    logged = dict(zip(train_identity.LOGGED, values.tolist()))  # nan: weight 0, left out
+    fast.optimizerG.step()
+    fast.optimizerD.step()
+
+    for name in ("pixel", "content", "adversarial", "identity", "loss_d"):
+        assert logged[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    for ours, theirs in ((fast.netG, plain.netG), (fast.netD, plain.netD)):
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n} {m}")
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Two halves of a batch with equal statistics give the whole batch's gradient."""
+    run, lr, hr = small_run("--alpha", "0", "--beta", "0", "--gamma", "0")
+    lr, hr = lr[:2].repeat(2, 1, 1, 1), hr[:2].repeat(2, 1, 1, 1)
+    train_identity.train_step(run, lr, hr, None, False, False)
+    whole = [p.grad.clone() for p in run.netG.parameters()]
+    run.netG.zero_grad()
+    for half in (slice(0, 2), slice(2, 4)):
+        train_identity.train_step(run, lr[half], hr[half], None, False, False, share=0.5)
+    for parameter, gradient in zip(run.netG.parameters(), whole):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_lazy_terms_weigh_what_they_weigh_every_step():
+    """With every=3 the identity gradient at SR is three times as large."""
+    gradients = []
+    for every in (1, 3):
+        run, lr, hr = small_run("--alpha", "0", "--beta", "0", "--gamma", "1000")
+        targets = run.loss.targets(hr)
+        train_identity.train_step(run, lr, hr, None, False, False)
+        pixel = run.netG.last.weight.grad.clone()
+        run.netG.zero_grad()
+        train_identity.train_step(run, lr, hr, targets, False, True, every)
+        gradients.append(run.netG.last.weight.grad - pixel)
+    torch.testing.assert_close(gradients[1], 3 * gradients[0], rtol=1e-2, atol=1e-4)
+
+
+def test_average_ramps_up():
+    """After one update the average is (2/11) old + (9/11) new; the limit holds later."""
+    run, _, _ = small_run()
+    old, new = deepcopy(run.netG), run.netG
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(1.0)
+    average = deepcopy(old)
+    train_identity.update_average(average, new, 1, 0.999)
+    for mean, a, b in zip(average.parameters(), old.parameters(), new.parameters()):
+        torch.testing.assert_close(mean, 2 / 11 * a + 9 / 11 * b)
+    average = deepcopy(old)
+    train_identity.update_average(average, new, 10 ** 6, 0.9)
+    for mean, a, b in zip(average.parameters(), old.parameters(), new.parameters()):
+        torch.testing.assert_close(mean, 0.9 * a + 0.1 * b)
+
+
+def test_report_recipe_undoes_every_departure():
+    args = train_identity.parse(["--recipe", "report"])
+    assert (args.batch_size, args.lr, args.schedule, args.pretrain_epochs) == (32, 1e-4,
+                                                                               "constant", 0)
+    assert (args.gan_loss, args.ema, args.lazy, args.label_smoothing) == ("linear", 0, 1, 0)
+    assert args.no_flip and args.no_icnr
+    assert (args.alpha, args.beta, args.gamma) == (0.005, 0.001, 0.6)
+    assert train_identity.parse(["--preset", "visual", "--gamma", "3"]).gamma == 3
+    assert train_identity.parse(["--preset", "visual"]).gamma == 0.006
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
+
+
+def test_run_writes_every_promised_file(finished):
+    for name in ("netG_epoch_2_2.pth", "netD_epoch_2_2.pth", "last.pt", "train_results.csv",
+                 "samples/epoch_1.png", "samples/epoch_2.png", "config.json", "curves.png"):
+        assert (finished / name).stat().st_size > 0, name
+    text = (finished / "train_results.csv").read_text()
+    assert text.startswith(REPORT_COLUMNS)
+    table = pd.read_csv(finished / "train_results.csv")
+    assert table["Epoch"].tolist() == [1, 2] and table["Phase"].tolist() == ["pixel", "gan"]
+    gan = table.iloc[1]
+    assert 0 < gan["Score_D"] < 1 and 0 < gan["Score_G"] < 1 and 0 <= gan["D_accuracy"] <= 1
+    assert gan["Gradient_ratio"] > 0 and (table["Seconds"] > 0).all()
+    config = json.loads((finished / "config.json").read_text())
+    assert config["networks"]["inception_resnet_v1"] == "random"
+    assert config["data"]["train"]["n"] == 6 and config["flags"]["crop_size"] == 16
+    assert checkpoints.load_generator(finished / "netG_epoch_2_2.pth").scale_factor == 2
+    checkpoints.load_discriminator(finished / "netD_epoch_2_2.pth")
+
+
+def test_pixel_loss_falls(faces, tmp_path):
+    train_identity.main(flags(faces, tmp_path, "--num_epochs", "12", "--pretrain_epochs", "12",
+                              "--valid_every", "12", "--lr", "0.001"))
+    pixel = pd.read_csv(tmp_path / "train_results.csv")["Pixel"]
+    assert pixel.iloc[-3:].mean() < 0.5 * pixel.iloc[0]
+
+
+def test_same_seed_same_bits_and_config_repeats_a_run(finished, tmp_path):
+    train_identity.main(["--config", str(finished / "config.json"), "--out_dir", str(tmp_path)])
+    assert_same_bits(weights(tmp_path), weights(finished))
+
+
+def test_dead_discriminator_is_announced():
+    row = {"Epoch": 3, "Score_D": 0.9, "Score_G": 0.4, "Gradient_ratio": 0.1}
+    assert train_identity.dead_discriminator(row) is None
+    assert "epoch 3" in train_identity.dead_discriminator(row | {"Score_G": 0.895})
+    assert "--gan_loss" in train_identity.dead_discriminator(row | {"Gradient_ratio": 1e-5})
+    pixel = row | {"Score_D": math.nan, "Score_G": math.nan, "Gradient_ratio": math.nan}
+    assert train_identity.dead_discriminator(pixel) is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path, monkeypatch):
+    train_identity.main(flags(faces, tmp_path, "--num_epochs", "1"))
+    before = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.setattr(train_identity, "adversarial_loss", lambda kind, fake, real: fake.sum() / 0)
+    with pytest.raises(InputError, match="epoch 2, step 1: adversarial is not finite"):
+        train_identity.main(["--resume", "--out_dir", str(tmp_path), "--num_epochs", "2"])
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def interrupt(monkeypatch, at_update, number):
+    """Send this process a signal while its `at_update`-th update is computed."""
+    original, count = train_identity.apply_updates, [0]
+
+    def apply_updates(run, with_gan):
+        count[0] += 1
+        if count[0] == at_update:
+            os.kill(os.getpid(), number)
+        original(run, with_gan)
+
+    monkeypatch.setattr(train_identity, "apply_updates", apply_updates)
+
+
+@pytest.mark.parametrize("at_update, number", [(1, signal.SIGTERM), (3, signal.SIGINT),
+                                               (5, signal.SIGTERM)])
+def test_resume_is_bit_identical(faces, finished, tmp_path, monkeypatch, capsys, at_update, number):
+    """Stopped in the pixel epoch, at its end and in the GAN epoch: 3 updates an epoch."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, at_update, number)
+        with pytest.raises(SystemExit) as stop:
+            train_identity.main(flags(faces, tmp_path))
+    assert stop.value.code == 128 + number
+    assert f"train_identity.py --resume --out_dir {tmp_path}" in capsys.readouterr().out
+    train_identity.main(["--resume", "--out_dir", str(tmp_path)])
+    assert_same_bits(weights(tmp_path), weights(finished))
+    rows, expected = (pd.read_csv(folder / "train_results.csv").drop(columns="Seconds")
+                      for folder in (tmp_path, finished))
+    pd.testing.assert_frame_equal(rows, expected)
+
+
+def test_killed_at_twenty_random_moments(faces, finished, tmp_path):
+    """kill -9, again and again, while last.pt is written after every step: nothing is lost."""
+    context = multiprocessing.get_context("forkserver")  # one import of torch for all of them
+    context.set_forkserver_preload(["train_identity"])
+    rng, folder, argv, kills = random.Random(0), tmp_path / "run", None, 0
+    started = time.monotonic()
+    while kills < 20:
+        argv = (["--resume", "--out_dir", str(folder)] if (folder / "last.pt").exists()
+                else flags(faces, folder, "--save_minutes", "0", "--num_epochs", "200"))
+        process = context.Process(target=train_identity.main, args=(argv,))
+        begun = time.time()
+        process.start()
+        # a quarter anywhere from the start on, the others once a checkpoint is on its way
+        while kills % 4 and process.is_alive() and time.monotonic() < started + 120:
+            if any(p.stat().st_mtime > begun for p in folder.glob(".last.*")):
+                break
+            time.sleep(0.001)
+        time.sleep(rng.random() * (0.3 if kills % 4 else 2.0))
+        process.kill()
+        process.join()
+        kills += 1
+        if (folder / "last.pt").exists():
+            checkpoints.read_run(folder)  # whole, at any moment
+    assert time.monotonic() - started < 150
+    state = checkpoints.read_run(folder)
+    assert state["progress"]["updates"] > 0
+    assert_same_bits(*(s["parts"]["netG"] for s in (state, replayed(faces, tmp_path, state))))
+
+
+def replayed(faces, tmp_path, state):
+    """The state of a run that went without a stop to the same update."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, state["progress"]["updates"], signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_identity.main(flags(faces, tmp_path / "whole", "--num_epochs", "200"))
+    return checkpoints.read_run(tmp_path / "whole")
+
+
+def test_a_folder_that_holds_a_run_is_refused(faces, finished):
+    before = (finished / "last.pt").read_bytes()
+    with pytest.raises(InputError, match="--resume.*--out_dir.*--overwrite"):
+        train_identity.main(flags(faces, finished))
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_resume_with_other_flags_or_data_is_refused(faces, finished, tmp_path):
+    for more, named in ((["--gamma", "7"], "--gamma"), (["--crop_size", "32"], "--crop_size"),
+                        (["--train_dir", f"{faces}/valid", "--allow_overlap"], "train_dir")):
+        with pytest.raises(InputError, match=f"{named}.*--resume_override"):
+            train_identity.main(["--resume", "--out_dir", str(finished), *more])
+    with pytest.raises(InputError, match="nothing to resume"):
+        train_identity.main(["--resume", "--out_dir", str(tmp_path)])
+
+
+def test_shipped_results_are_set_aside(faces, tmp_path):
+    (tmp_path / "config.json").write_text("shipped")
+    train_identity.open_folder(train_identity.parse(flags(faces, tmp_path)))
+    assert (tmp_path / "previous_config.json").read_text() == "shipped"
+
+
+def test_overlap_is_refused(faces, tmp_path):
+    argv = flags(faces, tmp_path)
+    argv[3] = argv[1]
+    with pytest.raises(InputError, match="also in the training set"):
+        train_identity.main(argv)
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, ROOT / "train_identity.py", "--train_dir", tmp_path / "none"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--train_dir" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes
+
+
+def torchrun(*argv):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+            "--master_port", str(random.randint(20000, 40000)), ROOT / "train_identity.py", *argv]
+
+
+def test_two_processes_learn_what_one_learns(faces, tmp_path):
+    """With one photograph throughout, BatchNorm sees the same statistics on both ranks."""
+    picture = (faces / "train" / "0.png").read_bytes()
+    (tmp_path / "train").mkdir()
+    for i in range(4):
+        (tmp_path / "train" / f"{i}.png").write_bytes(picture)
+    (tmp_path / "valid").symlink_to(faces / "valid")
+    one, two = (flags(tmp_path, tmp_path / name, "--no_flip", "--save_every", "1", "--batch_size",
+                      "4", "--num_epochs", "4", "--lazy", "1") for name in ("one", "two"))
+    train_identity.main(one)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(torchrun(*two), check=True, env=environment, timeout=120)
+    a, b = (pd.read_csv(tmp_path / name / "train_results.csv") for name in ("one", "two"))
+    columns = ["Loss_D", "Loss_G", "Score_D", "Score_G", "PSNR", "SSIM", "Cosine", "Pixel",
+               "Identity", "D_accuracy"]
+    pd.testing.assert_frame_equal(a[columns], b[columns], rtol=2e-3, atol=1e-4)
+
+
+def test_a_rank_that_dies_ends_the_job(faces, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_identity\n"
+        "step = train_identity.apply_updates\n"
+        "def dies(run, with_gan):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        os._exit(7)\n"
+        "    step(run, with_gan)\n"
+        "train_identity.apply_updates = dies\n"
+        "train_identity.main(sys.argv[1:])\n")
+    command = [str(script) if part == ROOT / "train_identity.py" else part
+               for part in torchrun(*flags(faces, tmp_path / "run"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "exitcode" in done.stderr
