@@ -177,6 +177,12 @@ def larger_than_chance(low, high, by_seed):
     return bool(abs(np.mean(by_seed)) > max(by_seed) - min(by_seed))
 
 
+def passed_by_noise(n_seeds):
+    """How often n differences that are nothing but noise between seeds exceed their own spread."""
+    noise = np.random.default_rng(0).standard_normal((100_000, n_seeds))
+    return (abs(noise.mean(1)) > np.ptp(noise, axis=1)).mean()
+
+
 def differences(averaged, per_run, runs):
     """Configuration - baseline, metric by metric, with its interval, seeds and verdict."""
     names, seeds = ([*dict.fromkeys(column)] for column in zip(*runs))
@@ -265,7 +271,9 @@ def report(args, words, summary, labels, pairs, last, weights):
         "A difference is called larger than chance if its 95 % interval excludes 0 (final "
         f"checkpoints, {evaluate.RESAMPLES:,} paired bootstrap samples of the photographs) and it "
         "is larger than the spread between seeds: the largest minus the smallest of the "
-        "differences that each seed shows by itself.", "",
+        "differences that each seed shows by itself. Differences without a cause would pass this "
+        f"second test in {passed_by_noise(len(args.seeds)):.0%} of all cases with "
+        f"{len(args.seeds)} seed(s): more seeds, a sharper test.", "",
         *(f"- {sentence(pair)}" for pair in pairs.itertuples()), "",
         f"## Last {args.last_k} epochs", "",
         "Mean over epochs and seeds (lowest to highest seed). D accuracy: the share of real and "
@@ -310,7 +318,7 @@ def parse(argv=None):
     add("--gamma", nargs="+", type=float, default=[],
         help="further identity weights, with alpha and beta of the identity preset")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="seeds of each configuration")
-    add("--start", help="warm start, a generator checkpoint (default: train one)")
+    add("--start", help="warm start, a generator checkpoint; without it, one is trained")
     add("--warm_epochs", type=whole, default=50,
         help="epochs of that one, with the pixel loss alone")
     add("--epochs", type=whole, default=50, help="epochs of each run from there")

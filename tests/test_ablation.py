@@ -263,6 +263,12 @@ def test_larger_than_chance(low, high, by_seed, verdict):
     assert ablation.larger_than_chance(low, high, by_seed) is verdict
 
 
+def test_two_seeds_let_noise_pass_by_trigonometry():
+    # |a + b| / 2 > |a - b|: the ratio of two independent normals exceeds 2
+    assert ablation.passed_by_noise(2) == pytest.approx(2 / np.pi * np.arctan(1 / 2), abs=0.005)
+    assert ablation.passed_by_noise(5) < ablation.passed_by_noise(3) < ablation.passed_by_noise(2)
+
+
 def test_differences_and_sentences_by_hand():
     runs = {(name, seed): Path(f"{name}_seed{seed}")
             for seed in (1, 2) for name in ("baseline", "identity")}

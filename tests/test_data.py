@@ -164,7 +164,7 @@ def test_crop_is_floored(tmp_path, crop, factor, floor):
 
 def test_a_crop_below_the_factor_is_refused(tmp_path):
     save(noise(32, 32), tmp_path / "a.png")
-    with pytest.raises(InputError, match="--crop_size 4 .*--upscale_factor"):
+    with pytest.raises(InputError, match="--crop_size 4 is smaller .*upscale.factor"):
         TrainDatasetFromFolder(tmp_path, 4, 8)
 
 
@@ -652,7 +652,8 @@ EXIF = Image.Exif()
 EXIF[0x0112] = 6
 SEEDS = [("JPEG", "jpg", {"exif": EXIF}), ("JPEG", "jpeg", {"progressive": True}),
          ("PNG", "png", {}), ("PNG", "png", {"exif": EXIF}), ("WEBP", "webp", {}),
-         ("WEBP", "webp", {"exif": EXIF}), ("WEBP", "webp", {"lossless": True}), ("BMP", "bmp", {}), ("TIFF", "tif", {}),
+         ("WEBP", "webp", {"exif": EXIF}), ("WEBP", "webp", {"lossless": True}),
+         ("BMP", "bmp", {}), ("TIFF", "tif", {}),
          ("TIFF", "tiff", {"compression": "tiff_lzw"}),
          ("TIFF", "tif", {"compression": "tiff_adobe_deflate"}),
          ("TIFF", "tiff", {"compression": "jpeg"})]
@@ -747,5 +748,6 @@ def test_synthetic_portraits():
     faces = everyone[:, 16:52, 18:46]  # without the background, which makes it easy
     for a in range(len(everyone)):
         for b in range(a):
-            assert np.abs(everyone[a] - everyone[b]).mean() > 12, (a, b)  # levels; half of the pairs: 50
-            assert np.abs(faces[a] - faces[b]).mean() > 5, (a, b)  # half: 40
+            # in levels; the median pair differs by 50 and 40
+            assert np.abs(everyone[a] - everyone[b]).mean() > 12, (a, b)
+            assert np.abs(faces[a] - faces[b]).mean() > 5, (a, b)
