@@ -34,7 +34,7 @@ from data_utils import (
     synthetic_portraits,
     to_image,
 )
-from loss_identity import discriminator_loss, embed, pixel_loss
+from loss_identity import embed, fake_loss, pixel_loss, real_loss
 
 # ---------------------------------------------------------------------------------------------
 # The reference: what the report's published script does
@@ -54,14 +54,15 @@ def reference_step(run, lr, hr):
     """One update of both networks, every term of L_total on the whole batch at once -> terms."""
     sr = plain_generator(run.netG, lr)
     real_logits, fake_logits = run.netD(hr), run.netD(sr)
-    loss_d = discriminator_loss(run.loss.gan_loss, fake_logits, real_logits, run.smoothing)
+    loss_d = (real_loss(run.loss.gan_loss, real_logits, run.smoothing)
+              + fake_loss(run.loss.gan_loss, fake_logits))
     run.netD.zero_grad()
     loss_d.backward(retain_graph=True)
     gradients_d = [p.grad for p in run.netD.parameters()]
 
     run.netG.zero_grad()
     run.netD.zero_grad()
-    total, terms = run.loss(sr, hr, fake_logits, real_logits)
+    total, terms = run.loss(sr, hr, fake_logits)
     total.backward()
     for parameter, gradient in zip(run.netD.parameters(), gradients_d):
         parameter.grad = gradient  # not what the generator's loss left there
@@ -115,7 +116,8 @@ def convolution_rate(device):
     for layout in (torch.contiguous_format, torch.channels_last):
         a, b = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
         F.conv2d(a, b, padding=1)
-        seconds = min(timed(lambda a=a, b=b: F.conv2d(a, b, padding=1), device) for _ in range(5))
+        seconds = statistics.median(
+            timed(lambda a=a, b=b: F.conv2d(a, b, padding=1), device) for _ in range(9))
         best = max(best, 2 * 16 * 64 * 64 * 128 * 128 * 9 / seconds / 1e9)
     return best
 
@@ -145,10 +147,11 @@ def step_parts(run, lr, hr, targets):
     gradient = torch.rand_like(sr)
 
     def discriminator():
+        run.netD(hr).mean().backward()
         fake = sr.clone().requires_grad_()
-        real_logits, fake_logits = run.netD(hr), run.netD(fake)
-        torch.autograd.grad(fake_logits.mean(), fake, retain_graph=True)
-        (fake_logits.mean() - real_logits.mean()).backward(inputs=run.parametersD)
+        score = run.netD(fake).mean()
+        torch.autograd.grad(score, fake, retain_graph=True)
+        score.backward(inputs=run.parametersD)
 
     def only(alpha, gamma):
         kept = run.loss.alpha, run.loss.gamma

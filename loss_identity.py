@@ -58,40 +58,35 @@ def identity_loss(sr_embeddings, hr_embeddings):
     return F.mse_loss(sr_embeddings.float(), hr_embeddings.float())
 
 
-def adversarial_loss(kind, fake_logits, real_logits):
-    """L_GAN, the generator's side; logits (N,) of D(G(z)) and D(x) -> scalar.
+def adversarial_loss(kind, fake_logits):
+    """L_GAN, the generator's side; logits (N,) of D(G(z)) -> scalar.
 
-    bce: -log D(G(z)) (Ledig et al., eq. 6, as a mean). relativistic: the average form of ESRGAN
-    (Wang et al. 2018, eq. 2). hinge: -logit. linear: 1 - D(G(z)), the report's published code.
+    bce: -log D(G(z)) (Ledig et al., eq. 6, as a mean). linear: 1 - D(G(z)), the report's published
+    code, whose gradient vanishes wherever D is sure.
     """
-    fake, real = fake_logits.float(), real_logits.float()
+    fake = fake_logits.float()
+    return F.softplus(-fake).mean() if kind == "bce" else (1 - torch.sigmoid(fake)).mean()
+
+
+def real_loss(kind, real_logits, smoothing=0.0):
+    """The discriminator's loss on real images; logits (N,) of D(x) -> scalar.
+
+    bce: cross-entropy with the target 1 - smoothing (one-sided, Salimans et al. 2016). linear:
+    1 - D(x), the report's published code. Its whole loss is this plus `fake_loss`.
+    """
+    real = real_logits.float()
     if kind == "bce":
-        return F.softplus(-fake).mean()
-    if kind == "relativistic":
-        real = real.detach()  # G can't change it; its mean over the batch is the yardstick
-        return (F.softplus(-(fake - real.mean())).mean()
-                + F.softplus(real - fake.mean()).mean()) / 2
-    if kind == "hinge":
-        return -fake.mean()
-    return (1 - torch.sigmoid(fake)).mean()
+        return F.binary_cross_entropy_with_logits(real, torch.full_like(real, 1 - smoothing))
+    return 1 - torch.sigmoid(real).mean()
 
 
-def discriminator_loss(kind, fake_logits, real_logits, smoothing=0.0):
-    """The discriminator's side of the same four; logits (N,) -> scalar.
+def fake_loss(kind, fake_logits):
+    """The discriminator's loss on generated images; logits (N,) of D(G(z)) -> scalar.
 
-    `smoothing` takes the target of real images from 1 to 1 - smoothing in the two cross-entropies
-    (one-sided, Salimans et al. 2016). linear: 1 - D(x) + D(G(z)), the report's published code.
+    bce: -log(1 - D(G(z))). linear: D(G(z)), the report's published code.
     """
-    fake, real = fake_logits.float(), real_logits.float()
-    if kind == "relativistic":
-        fake, real = fake - real.mean(), real - fake.mean()
-    if kind in ("bce", "relativistic"):
-        target = torch.full_like(real, 1 - smoothing)
-        loss = F.binary_cross_entropy_with_logits(real, target) + F.softplus(fake).mean()
-        return loss / 2 if kind == "relativistic" else loss
-    if kind == "hinge":
-        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-    return 1 - torch.sigmoid(real).mean() + torch.sigmoid(fake).mean()
+    fake = fake_logits.float()
+    return F.softplus(fake).mean() if kind == "bce" else torch.sigmoid(fake).mean()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -227,11 +222,11 @@ class GeneratorLoss(nn.Module):
         return (content_loss(self.vgg(sr), features) if self.alpha else zero,
                 identity_loss(embed(self.face_network, sr), embeddings) if self.gamma else zero)
 
-    def forward(self, sr, hr, fake_logits, real_logits):
-        """SR, HR (N, 3, H, W) in [0, 1] and D's logits (N,) -> (L_total, {term: value})."""
+    def forward(self, sr, hr, fake_logits):
+        """SR, HR (N, 3, H, W) in [0, 1], logits of D(SR) (N,) -> (L_total, {term: value})."""
         content, identity = self.perceptual(sr, self.targets(hr))
         terms = {"pixel": pixel_loss(sr, hr), "content": content, "identity": identity,
-                 "adversarial": adversarial_loss(self.gan_loss, fake_logits, real_logits)}
+                 "adversarial": adversarial_loss(self.gan_loss, fake_logits)}
         total = (terms["pixel"] + self.alpha * terms["content"]
                  + self.beta * terms["adversarial"] + self.gamma * terms["identity"])
         return total, terms

@@ -104,11 +104,11 @@ class Discriminator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = [nn.Conv2d(3, 64, 3, padding=1), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(3, 64, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for c_in, c_out, stride in [(64, 64, 2), (64, 128, 1), (128, 128, 2), (128, 256, 1),
                                     (256, 256, 2), (256, 512, 1), (512, 512, 2)]:
             layers += [nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1),
-                       nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+                       nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True)]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(512, 1024, 1),
                                         nn.LeakyReLU(0.2), nn.Conv2d(1024, 1, 1))

@@ -49,10 +49,11 @@ from loss_identity import (
     PRESETS,
     GeneratorLoss,
     adversarial_loss,
-    discriminator_loss,
+    fake_loss,
     load_face_network,
     load_vgg,
     pixel_loss,
+    real_loss,
 )
 from model import Discriminator, Generator, probability
 
@@ -104,13 +105,17 @@ def train_step(run, lr, hr, targets, with_gan, with_perceptual, every=1, share=1
 
     if with_gan:
         with run.autocast():
-            real_logits, fake_logits = run.ddpD(hr), run.ddpD(sr)
-        logged["adversarial"] = adversarial_loss(loss.gan_loss, fake_logits, real_logits)
-        logged["loss_d"] = discriminator_loss(loss.gan_loss, fake_logits, real_logits,
-                                              run.smoothing)
+            real_logits = run.ddpD(hr)
+        on_real = real_loss(loss.gan_loss, real_logits, run.smoothing)
+        (on_real * share * scale).backward()
+        with run.autocast():
+            fake_logits = run.ddpD(sr)
+        logged["adversarial"] = adversarial_loss(loss.gan_loss, fake_logits)
         at_sr, = torch.autograd.grad(logged["adversarial"] * scale, sr, retain_graph=True)
         at_sr *= loss.beta / scale
-        (logged["loss_d"] * share * scale).backward(inputs=run.parametersD)
+        on_fake = fake_loss(loss.gan_loss, fake_logits)
+        (on_fake * share * scale).backward(inputs=run.parametersD)
+        logged["loss_d"] = on_real + on_fake
         logged["ratio"] = at_sr.norm() / gradient.norm().clamp_min(1e-12)
         gradient += every * at_sr
         logged["score_d"] = probability(real_logits.float()).mean()
@@ -214,7 +219,7 @@ def build(args, device, steps_per_epoch, world=1):
     run.autocast = lambda: torch.autocast(device.type, dtype, enabled=precision != "fp32")
     run.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     # Few images at a time keep a CPU's activations in its cache; a GPU wants the whole batch.
-    run.chunk = 4 if device.type == "cpu" else args.batch_size
+    run.chunk = 8 if device.type == "cpu" else args.batch_size
     run.updates = 0
     run.curves_drawn = -math.inf
     run.known = {}             # HR's VGG features and embeddings, of the training images
@@ -685,8 +690,8 @@ def parse(argv=None):
     add("--lr", type=float, help="Adam's learning rate of the generator")
     add("--lr_d", type=float, help="and of the discriminator")
     add("--schedule", choices=("cosine", "constant"), help="of the generator's learning rate")
-    add("--gan_loss", choices=("bce", "relativistic", "hinge", "linear"),
-        help="adversarial loss; linear is 1 - D(x) + D(G(z))")
+    add("--gan_loss", choices=("bce", "linear"),
+        help="adversarial loss: cross-entropy on logits, or 1 - D(x) + D(G(z))")
     add("--label_smoothing", type=float, help="D's target for real images is 1 minus this")
     add("--ema", type=float, help="limit of the generator average's decay; 0: no average")
     add("--lazy", type=positive,

@@ -77,8 +77,6 @@ def small_run(*more):
 
 
 @pytest.mark.parametrize("more", [("--gan_loss", "bce", "--beta", "0.1"),
-                                  ("--gan_loss", "relativistic", "--alpha", "0", "--gamma", "0"),
-                                  ("--gan_loss", "hinge", "--alpha", "0", "--gamma", "0"),
                                   ("--gan_loss", "linear", "--alpha", "0", "--gamma", "0")])
 def test_step_equals_the_straightforward_loop(more):
     """Same losses and same updated weights as autograd on L_total in NCHW (benchmark.py)."""
@@ -207,7 +205,7 @@ def test_dead_discriminator_is_announced():
 def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path, monkeypatch):
     train_identity.main(flags(faces, tmp_path, "--num_epochs", "1"))
     before = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(train_identity, "adversarial_loss", lambda kind, fake, real: fake.sum() / 0)
+    monkeypatch.setattr(train_identity, "adversarial_loss", lambda kind, fake: fake.sum() / 0)
     with pytest.raises(InputError, match="epoch 2, step 1: adversarial is not finite"):
         train_identity.main(["--resume", "--out_dir", str(tmp_path), "--num_epochs", "2"])
     assert (tmp_path / "last.pt").read_bytes() == before
