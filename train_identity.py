@@ -221,7 +221,7 @@ def build(args, device, steps_per_epoch, world=1):
     # Few images at a time keep a CPU's activations in its cache; a GPU wants the whole batch.
     run.chunk = 8 if device.type == "cpu" else args.batch_size
     run.updates = 0
-    run.curves_drawn = -math.inf
+    run.curves_drawn = -math.inf  # seconds on the clock
     run.known = {}             # HR's VGG features and embeddings, of the training images
     run.known_embeddings = {}  # HR's embeddings, of the validation images
     return run
@@ -269,6 +269,9 @@ def load_data(args):
     crop = valid_crop_size(args.crop_size, args.upscale_factor)
     if crop != args.crop_size:
         say(f"--crop_size {args.crop_size} is no multiple of {args.upscale_factor}: using {crop}")
+    if crop < 32 and args.alpha:
+        raise InputError(f"--crop_size {args.crop_size}: VGG16 halves a picture five times and "
+                         "needs 32 px; take a larger crop, or --alpha 0")
     train = TrainDatasetFromFolder(args.train_dir, crop, args.upscale_factor, args.crop, args.seed,
                                    args.cache_gb)
     valid = ValidDatasetFromFolder(args.valid_dir, crop, args.upscale_factor, args.cache_gb)

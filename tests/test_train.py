@@ -305,6 +305,11 @@ def test_shipped_results_are_set_aside(faces, tmp_path):
     assert (tmp_path / "previous_config.json").read_text() == "shipped"
 
 
+def test_a_crop_too_small_for_vgg_is_refused(faces, tmp_path):
+    with pytest.raises(InputError, match="--crop_size 16.*needs 32"):
+        train_identity.main(flags(faces, tmp_path, "--alpha", "0.006"))
+
+
 def test_overlap_is_refused(faces, tmp_path):
     argv = flags(faces, tmp_path)
     argv[3] = argv[1]
