@@ -103,7 +103,6 @@ def train_all(args, handed_on, data, again):
     handed_on: flags that all runs share.
     """
     folder, start = Path(args.out_dir), args.start
-    handed_on = [*handed_on, "--save_every", "1"]
     if not start:
         epochs = str(args.warm_epochs)
         train_run(folder / "warm", [*handed_on, "--preset", "baseline", "--num_epochs", epochs,

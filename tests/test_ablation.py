@@ -61,7 +61,7 @@ class TinyDiscriminator(nn.Module):
 
 
 def flags(folder):
-    return ["--train_dir", f"{folder}/train", "--valid_dir", f"{folder}/valid", "--crop_size", "16",
+    return ["--train_dir", f"{folder}/train", "--valid_dir", f"{folder}/valid", "--crop_size", "32",
             "--upscale_factor", "2", "--batch_size", "16", "--lazy", "1", "--device", "cpu",
             "--warm_epochs", "1", "--epochs", "2", "--last_k", "2", "--seeds", "1", "2", "--gamma",
             "30", "--judge", f"{folder}/judge.pt", "--out_dir", f"{folder}/runs",
@@ -78,7 +78,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     for split, n, seed in (("train", 16, 1), ("valid", 4, 2)):
         (folder / split).mkdir()
-        for i, portrait in enumerate(synthetic_portraits(n, 24, seed)):
+        for i, portrait in enumerate(synthetic_portraits(n, 32, seed)):
             Image.fromarray(portrait).save(folder / split / f"{i}.png")
     torch.jit.script(TinyFaces()).save(folder / "judge.pt")
     update, updates = train_identity.apply_updates, []
@@ -174,7 +174,7 @@ def test_a_given_start_needs_no_warm_run(done, tmp_path, monkeypatch):
 def test_other_settings_are_refused_before_anything_is_trained(done, tmp_path, more, said):
     folder, _, _, updates = done
     before, steps = modified(folder / "runs"), len(updates)
-    for i, portrait in enumerate(synthetic_portraits(8, 24, 9)):
+    for i, portrait in enumerate(synthetic_portraits(8, 32, 9)):
         Image.fromarray(portrait).save(tmp_path / f"{i}.png")
     more = [str(folder / word) if word.startswith("runs") else word.replace("OTHER", str(tmp_path))
             for word in more]
@@ -219,7 +219,7 @@ def test_values_are_those_of_the_generators(done):
     values = []
     for seed in (1, 2):
         netG = checkpoints.load_generator(folder / f"runs/identity_seed{seed}/netG_epoch_2_2.pth")
-        for lr, _, hr in ValidDatasetFromFolder(folder / "valid", 16, 2):
+        for lr, _, hr in ValidDatasetFromFolder(folder / "valid", 32, 2):
             error = ((netG(lr[None])[0].detach().double().numpy() - hr.numpy()) * luma).sum(0)
             values.append(-10 * np.log10((error ** 2).mean()))
     assert table["psnr_y"]["identity"] == pytest.approx(np.mean(values), abs=1e-4)
@@ -293,7 +293,7 @@ def test_differences_and_sentences_by_hand():
 def test_report_states_rule_conditions_and_references(done):
     folder = done[0]
     text = (folder / "results" / "ablation.md").read_text()
-    assert "16 training and 4 validation photographs, 16 px, 2x" in text
+    assert "16 training and 4 validation photographs, 32 px, 2x" in text
     assert "VGG16 tiny; InceptionResnetV1 tiny" in text and "seeds 1, 2" in text
     assert "excludes 0" in text and "spread between seeds" in text
     assert text.count("- baseline: ") == 3 * 4  # metrics: three and a judge's
