@@ -395,9 +395,10 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
                desc=f"epoch {epoch}/{args.num_epochs}", disable=True if rank else None)
     for step, (indices, (lr, hr)) in enumerate(zip(batches[first:], loader), first):
         flipped = flips[indices]
-        lr, hr = (torch.where(flipped[:, None, None, None], x.flip(-1), x)
-                  .to(device, memory_format=torch.channels_last, non_blocking=True)
+        mirror = flipped.to(device)[:, None, None, None]
+        lr, hr = (x.to(device, memory_format=torch.channels_last, non_blocking=True)
                   for x in (lr, hr))
+        lr, hr = (torch.where(mirror, x.flip(-1), x) for x in (lr, hr))
         gan = with_gan and step % lazy == 0
         perceptual = with_gan and step % lazy == lazy // 2  # in turn: steps of equal length
         rows = []
@@ -437,9 +438,8 @@ def check_finite(history, epoch):
 def validate_epoch(run, args, dataset, device, rank, world):
     """Validation images split over the ranks -> one (n, 6) array (see `evaluate.validate`)."""
     mine = range(rank, len(dataset), world)
-    with run.autocast():
-        rows = evaluate.validate(run.average, run.netD, dataset, run.face_network,
-                                 run.known_embeddings, args.valid_batch, device, mine).cpu()
+    rows = evaluate.validate(run.average, run.netD, dataset, run.face_network,
+                             run.known_embeddings, args.valid_batch, device, mine).cpu()
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, rows)
