@@ -388,7 +388,9 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
                         pin_memory=device.type == "cuda")
     # a look at the losses waits for a GPU; a CPU has them anyway
     look_every = 25 if device.type == "cuda" else 1
-    keep_targets = args.crop == "center" and 2 * len(dataset) * 35_000 < args.cache_gb * 2 ** 30
+    target_bytes = 4 * 512 * ((dataset.crop_size // 32) ** 2 + 1)  # VGG features and embedding
+    keep_targets = (args.crop == "center"
+                    and 2 * len(dataset) * target_bytes < args.cache_gb * 2 ** 30)
     run.netG.train()
     run.netD.train()
     bar = tqdm(total=len(dataset), initial=first * args.batch_size, unit="image", leave=False,
