@@ -337,7 +337,7 @@ def main(argv=None):
         epilog="example: python benchmark.py --json bench.json")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
     parser.add_argument("--crop_size", type=int, default=128, help="HR size in px")
-    parser.add_argument("--rounds", type=int, default=3, help="times that the two take turns")
+    parser.add_argument("--rounds", type=int, default=2, help="times that the two take turns")
     parser.add_argument("--valid_images", type=int, default=20, help="images of a validation")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
