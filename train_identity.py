@@ -579,7 +579,8 @@ def train(args):
             stop = stop.to(device)
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         if stop or time.perf_counter() - clock["saved"] > 60 * args.save_minutes:
-            check_finite(progress["history"][:progress["step"]], progress["epoch"])
+            if progress["step"]:  # between two epochs nothing is unchecked
+                check_finite(progress["history"][:progress["step"]], progress["epoch"])
             save()
         if stop:
             say(f"stopped at epoch {progress['epoch']}, step {progress['step']}; go on with:\n"

@@ -1,15 +1,17 @@
 """What the test files share: the repository on the path, few threads, tiny photographs."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+# Before torch is imported, and for the processes that tests start: tiny tensors only wait for a
+# second thread, and weights agree to the bit at the same number of threads alone.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
