@@ -538,8 +538,8 @@ def train(args):
         raise InputError(f"--batch_size {args.batch_size} does not divide by {world} processes x "
                          f"--accumulate {args.accumulate}")
     folder = Path(args.out_dir)
-    state = open_folder(args) if rank == 0 or args.resume else None
     train_set, valid_set = load_data(args)
+    state = open_folder(args) if rank == 0 or args.resume else None
     steps_per_epoch = math.ceil(math.ceil(len(train_set) / world) / (args.batch_size // world))
     run = build(args, device, steps_per_epoch, world)
     parts = {"netG": run.netG, "netD": run.netD, "optimizerG": run.optimizerG,
