@@ -42,6 +42,8 @@ def replacing(path):
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk to RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if "inline_container" in reason:  # that writer's words for a write cut short
+            reason = "the disk is full, or took only a part"
         raise InputError(f"could not write {path}: {reason}; free some space or choose another "
                          "folder. What was there before is intact") from error
     finally:
