@@ -647,19 +647,19 @@ def write_epoch(run, args, folder, rows, config, epoch, last, validation, valid_
 def demo(args):
     """The main job in two minutes: synthetic people, random frozen networks, then evaluate.py."""
     folder = Path(args.out_dir if args.out_dir != "epochs" else "epochs/demo")
-    for split, n, seed in (("train", 96, 1), ("valid", 16, 2)):
+    for split, n, seed in (("train", 64, 1), ("valid", 12, 2)):
         for i, portrait in enumerate(synthetic_portraits(n, 128, seed)):
             figures.save_image(Image.fromarray(portrait), folder / "data" / split / f"{i:03}.png")
     say(f"synthetic portraits written to {folder / 'data'}; now a short training:")
     results = folder / "results"
     main(["--train_dir", f"{folder}/data/train", "--valid_dir", f"{folder}/data/valid",
-          "--crop_size", "64", "--num_epochs", "8", "--batch_size", "8", "--lazy", "1",
+          "--crop_size", "64", "--num_epochs", "6", "--batch_size", "8", "--lazy", "1",
           "--vgg_weights", "random", "--face_weights", "random", "--overwrite",
           "--device", args.device, "--out_dir", str(folder)])
-    evaluate.main(["--checkpoint", f"{folder}/netG_epoch_8_8.pth", "--data_dir",
+    evaluate.main(["--checkpoint", f"{folder}/netG_epoch_8_6.pth", "--data_dir",
                    f"{folder}/data/valid", "--crop_size", "64", "--face_weights", "random",
                    "--device", args.device, "--out_dir", str(results)])
-    say(f"look at {folder}/samples/epoch_8.png (bicubic | SR | HR), {folder}/curves.png and "
+    say(f"look at {folder}/samples/epoch_6.png (bicubic | SR | HR), {folder}/curves.png and "
         f"{results}/comparison.png\nnext: put photographs into {TRAIN_DIR} and {VALID_DIR} and run "
         "python train_identity.py --crop_size 128 --upscale_factor 8 --num_epochs 100")
 
