@@ -53,7 +53,11 @@ def plain_generator(netG, lr):
 def reference_step(run, lr, hr):
     """One update of both networks, every term of L_total on the whole batch at once -> terms."""
     sr = plain_generator(run.netG, lr)
-    real_logits, fake_logits = run.netD(hr), run.netD(sr)
+    if run.separate_d:
+        real_logits, fake_logits = run.netD(hr), run.netD(sr)
+    else:
+        halves = [run.netD(torch.cat(pair)).chunk(2) for pair in zip(hr.chunk(2), sr.chunk(2))]
+        real_logits, fake_logits = (torch.cat(logits) for logits in zip(*halves))
     loss_d = (real_loss(run.loss.gan_loss, real_logits, run.smoothing)
               + fake_loss(run.loss.gan_loss, fake_logits))
     run.netD.zero_grad()
@@ -127,13 +131,14 @@ def step_flop(run, lr, hr):
     """FLOP of the step's mathematics for one image: (1, 3, h, w), (1, 3, H, W).
 
     A backward pass to parameters and input costs two forwards, one to the input alone costs one.
-    The generator goes forward and back (3); the discriminator forward on real and fake, back twice
-    to its parameters and once to the image (7); the frozen networks forward and back to the image
-    (2), their targets being kept.
+    The generator goes forward and back (3); the discriminator forward on real and fake and back to
+    its parameters (6), and back to the image, through both if they are mixed (1 or 2); the frozen
+    networks forward and back to the image (2), their targets being kept.
     """
     total = 0
     for passes, function in (
-            (3, lambda: plain_generator(run.netG, lr)), (7, lambda: run.netD(hr)),
+            (3, lambda: plain_generator(run.netG, lr)),
+            (7 if run.separate_d else 8, lambda: run.netD(hr)),
             (2, lambda: run.loss.vgg(hr)), (2, lambda: embed(run.face_network, hr))):
         with FlopCounterMode(display=False) as counter:
             function()
@@ -147,11 +152,7 @@ def step_parts(run, lr, hr, targets):
     gradient = torch.rand_like(sr)
 
     def discriminator():
-        run.netD(hr).mean().backward()
-        fake = sr.clone().requires_grad_()
-        score = run.netD(fake).mean()
-        torch.autograd.grad(score, fake, retain_graph=True)
-        score.backward(inputs=run.parametersD)
+        train_identity.play(run, sr.clone().requires_grad_(), hr, {}, 1.0, 1.0)
 
     def only(alpha, gamma):
         kept = run.loss.alpha, run.loss.gamma

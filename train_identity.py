@@ -63,11 +63,11 @@ LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "s
 # The default recipe against the report's: each departure has a flag, --recipe report sets all.
 RECIPES = {
     "ours": dict(batch_size=16, lr=4e-4, lr_d=1e-4, schedule="cosine", pretrain_epochs=None,
-                 gan_loss="bce", label_smoothing=0.1, ema=0.999, lazy=4, no_flip=False,
-                 no_icnr=False),
+                 gan_loss="bce", label_smoothing=0.1, separate_d=False, ema=0.999, lazy=4,
+                 no_flip=False, no_icnr=False),
     "report": dict(batch_size=32, lr=1e-4, lr_d=1e-4, schedule="constant", pretrain_epochs=0,
-                   gan_loss="linear", label_smoothing=0.0, ema=0.0, lazy=1, no_flip=True,
-                   no_icnr=True),
+                   gan_loss="linear", label_smoothing=0.0, separate_d=True, ema=0.0, lazy=1,
+                   no_flip=True, no_icnr=True),
 }
 
 # Flags that a resumed run may change: they don't touch what is learnt.
@@ -104,22 +104,9 @@ def train_step(run, lr, hr, targets, with_gan, with_perceptual, every=1, share=1
     gradient, = torch.autograd.grad(logged["pixel"], sr)
 
     if with_gan:
-        with run.autocast():
-            real_logits = run.ddpD(hr)
-        on_real = real_loss(loss.gan_loss, real_logits, run.smoothing)
-        (on_real * share * scale).backward()
-        with run.autocast():
-            fake_logits = run.ddpD(sr)
-        logged["adversarial"] = adversarial_loss(loss.gan_loss, fake_logits)
-        at_sr, = torch.autograd.grad(logged["adversarial"] * scale, sr, retain_graph=True)
-        at_sr *= loss.beta / scale
-        on_fake = fake_loss(loss.gan_loss, fake_logits)
-        (on_fake * share * scale).backward(inputs=run.parametersD)
-        logged["loss_d"] = on_real + on_fake
+        at_sr = play(run, sr, hr, logged, share * scale, scale)
         logged["ratio"] = at_sr.norm() / gradient.norm().clamp_min(1e-12)
         gradient += every * at_sr
-        logged["score_d"] = probability(real_logits.float()).mean()
-        logged["score_g"] = probability(fake_logits.float()).mean()
 
     if with_perceptual and (loss.alpha or loss.gamma):
         with run.autocast():
@@ -131,6 +118,41 @@ def train_step(run, lr, hr, targets, with_gan, with_perceptual, every=1, share=1
     # nan marks a term that this step left out, so a term that has become nan is noted as inf
     return torch.stack([logged[name].detach().float().nan_to_num(math.inf, math.inf, math.inf)
                         if name in logged else sr.new_full((), math.nan) for name in LOGGED])
+
+
+def play(run, sr, hr, logged, weight, scale):
+    """One round against the discriminator -> gradient of beta L_GAN at `sr`, a leaf.
+
+    Adds the gradient of D's loss times `weight` to D's parameters, and the terms to `logged`. One
+    pass of D over the fakes serves both. There are two passes, one at a time alive: each over half
+    of the real and half of the fake images, or, with --separate_d, one over either kind. In a pass
+    of its own each kind is standardised by BatchNorm with its own statistics, which takes away
+    most of what tells the two apart; D then hardly learns (README, "Departures").
+    """
+    kind, at_sr, logits = run.loss.gan_loss, torch.zeros_like(sr), {"real": [], "fake": []}
+    passes = ([(hr, sr[:0]), (hr[:0], sr)] if run.separate_d else zip(hr.chunk(2), sr.chunk(2)))
+    for real, fake in passes:
+        with run.autocast():
+            real_logits, fake_logits = run.ddpD(torch.cat([real, fake])).split(
+                [len(real), len(fake)])
+        loss_d = sr.new_zeros(())
+        if len(real):
+            loss_d += real_loss(kind, real_logits, run.smoothing) * (len(real) / len(hr))
+        if len(fake):
+            part = len(fake) / len(sr)
+            at_sr += torch.autograd.grad(adversarial_loss(kind, fake_logits) * (part * scale), sr,
+                                         retain_graph=True)[0]
+            loss_d += fake_loss(kind, fake_logits) * part
+        (loss_d * weight).backward(inputs=run.parametersD)
+        logits["real"].append(real_logits.detach())
+        logits["fake"].append(fake_logits.detach())
+    real_logits, fake_logits = (torch.cat(logits[which]) for which in ("real", "fake"))
+    logged["adversarial"] = adversarial_loss(kind, fake_logits)
+    logged["loss_d"] = (real_loss(kind, real_logits, run.smoothing)
+                        + fake_loss(kind, fake_logits))
+    logged["score_d"] = probability(real_logits.float()).mean()
+    logged["score_g"] = probability(fake_logits.float()).mean()
+    return at_sr * (run.loss.beta / scale)
 
 
 def apply_updates(run, with_gan):
@@ -196,7 +218,7 @@ def build(args, device, steps_per_epoch, world=1):
     vgg = load_vgg(args.vgg_weights).to(device) if args.alpha else None
     run.loss = GeneratorLoss(args.alpha, args.beta, args.gamma, vgg, run.face_network,
                              args.gan_loss)
-    run.smoothing = args.label_smoothing
+    run.smoothing, run.separate_d = args.label_smoothing, args.separate_d
 
     fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
     run.optimizerG = torch.optim.Adam(run.netG.parameters(), lr=args.lr, **fused)
@@ -471,14 +493,16 @@ def epoch_row(run, args, progress, validation):
             "Phase": "gan" if gan else "pixel", "Seconds": progress["seconds"]}
 
 
-def dead_discriminator(row):
+def dead_discriminator(row, args):
     """A warning when D could not tell real from generated for a whole epoch, else None."""
     gap = abs(row["Score_D"] - row["Score_G"])
     if gap < 0.01 or row["Gradient_ratio"] < 1e-4:
+        advice = ["no --separate_d"] * args.separate_d
+        advice += ["--gan_loss bce"] * (args.gan_loss != "bce")
+        advice += ["a higher --lr_d", "a larger --beta", "more steps: a larger --num_epochs"]
         return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
                 f"{gap:.4f} and its gradient at SR {row['Gradient_ratio']:.1e} of the pixel "
-                "gradient, so the adversarial term teaches nothing. Try --gan_loss bce, a lower "
-                "--lr_d, or more --pretrain_epochs")
+                f"gradient, so the adversarial term teaches nothing. Try {', or '.join(advice)}")
     return None
 
 
@@ -609,7 +633,7 @@ def train(args):
         progress.update(epoch=epoch + 1, step=0, history=None, seconds=0.0)
         if rank == 0:
             say(summary_line(row, args))
-            warning = dead_discriminator(row)
+            warning = dead_discriminator(row, args)
             if warning:
                 say(warning)
             write_epoch(run, args, folder, progress["rows"], config, epoch, last, validation,
@@ -699,6 +723,8 @@ def parse(argv=None):
     add("--gan_loss", choices=("bce", "linear"),
         help="adversarial loss: cross-entropy on logits, or 1 - D(x) + D(G(z))")
     add("--label_smoothing", type=float, help="D's target for real images is 1 minus this")
+    add("--separate_d", action="store_true",
+        help="real and generated images go through D in passes of their own, not mixed")
     add("--ema", type=float, help="limit of the generator average's decay; 0: no average")
     add("--lazy", type=positive,
         help="adversarial and perceptual terms every k-th step, at k times the weight")

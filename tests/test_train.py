@@ -76,8 +76,10 @@ def small_run(*more):
                                                                         generator=generator)
 
 
-@pytest.mark.parametrize("more", [("--gan_loss", "bce", "--beta", "0.1"),
-                                  ("--gan_loss", "linear", "--alpha", "0", "--gamma", "0")])
+@pytest.mark.parametrize("more", [
+    ("--gan_loss", "bce", "--beta", "0.1"),
+    ("--gan_loss", "bce", "--beta", "0.1", "--separate_d"),
+    ("--gan_loss", "linear", "--alpha", "0", "--gamma", "0", "--separate_d")])
 def test_step_equals_the_straightforward_loop(more):
     """Same losses and same updated weights as autograd on L_total in NCHW (benchmark.py)."""
     fast, lr, hr = small_run(*more)
@@ -153,6 +155,7 @@ def test_report_recipe_undoes_every_departure():
     assert (args.batch_size, args.lr, args.schedule, args.pretrain_epochs) == (32, 1e-4,
                                                                                "constant", 0)
     assert (args.gan_loss, args.ema, args.lazy, args.label_smoothing) == ("linear", 0, 1, 0)
+    assert args.separate_d
     assert args.no_flip and args.no_icnr
     assert (args.alpha, args.beta, args.gamma) == (0.005, 0.001, 0.6)
     assert train_identity.parse(["--preset", "visual", "--gamma", "3"]).gamma == 3
@@ -195,11 +198,32 @@ def test_same_seed_same_bits_and_config_repeats_a_run(finished, tmp_path):
 
 def test_dead_discriminator_is_announced():
     row = {"Epoch": 3, "Score_D": 0.9, "Score_G": 0.4, "Gradient_ratio": 0.1}
-    assert train_identity.dead_discriminator(row) is None
-    assert "epoch 3" in train_identity.dead_discriminator(row | {"Score_G": 0.895})
-    assert "--gan_loss" in train_identity.dead_discriminator(row | {"Gradient_ratio": 1e-5})
+    report = train_identity.parse(["--recipe", "report"])
+    assert train_identity.dead_discriminator(row, report) is None
+    assert "epoch 3" in train_identity.dead_discriminator(row | {"Score_G": 0.895}, report)
+    warning = train_identity.dead_discriminator(row | {"Gradient_ratio": 1e-5}, report)
+    assert "--gan_loss bce" in warning and "--separate_d" in warning
+    ours = train_identity.dead_discriminator(row | {"Gradient_ratio": 1e-5},
+                                             train_identity.parse([]))
+    assert "bce" not in ours and "--lr_d" in ours  # nothing that is already done
     pixel = row | {"Score_D": math.nan, "Score_G": math.nan, "Gradient_ratio": math.nan}
-    assert train_identity.dead_discriminator(pixel) is None
+    assert train_identity.dead_discriminator(pixel, report) is None
+
+
+@pytest.mark.parametrize("more, told_apart", [((), True), (("--separate_d",), False)])
+def test_mixed_passes_let_the_discriminator_learn(more, told_apart):
+    """Blurred against sharp noise: BatchNorm of each kind by itself hides what tells them apart."""
+    run, _, _ = small_run("--crop_size", "64", *more)
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(4):
+        hr = torch.rand(8, 3, 32, 32, generator=generator)
+        sr = torch.nn.functional.avg_pool2d(hr, 5, 1, 2).requires_grad_()
+        logged = {}
+        train_identity.play(run, sr, hr, logged, 1.0, 1.0)
+        run.optimizerD.step()
+        run.optimizerD.zero_grad()
+    gap = (logged["score_d"] - logged["score_g"]).item()
+    assert (gap > 0.1) == told_apart, gap
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path, monkeypatch):
