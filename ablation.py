@@ -23,7 +23,7 @@ import evaluate
 import figures
 import train_identity
 from data_utils import InputError, run_script
-from loss_identity import PRESETS, load_face_network
+from loss_identity import PRESETS
 
 HANDED_ON = ("train_dir", "valid_dir", "crop_size", "upscale_factor", "batch_size", "lr", "lazy",
              "device", "vgg_weights", "face_weights")  # to train_identity.py
@@ -352,10 +352,7 @@ def main(argv=None):
     args = parse(argv)
     again = shlex.join(["python", "ablation.py", *(sys.argv[1:] if argv is None else argv)])
     # what could be refused after hours of training is loaded before
-    embedders = {"cosine": load_face_network(args.face_weights)}
-    embedders |= {f"cosine_{Path(judge).stem}": evaluate.load_judge(judge) for judge in args.judge}
-    labels = {name: getattr(network, "label", judge) for (name, network), judge
-              in zip(embedders.items(), [args.face_weights, *args.judge])}
+    embedders, labels = evaluate.load_embedders(args.face_weights, args.judge)
     handed_on = [text for name in HANDED_ON for text in (f"--{name}", str(getattr(args, name)))]
     settings = train_identity.parse(handed_on)
     train_set, valid_set = train_identity.load_data(settings)

@@ -28,6 +28,7 @@ import evaluate
 import figures
 import train_identity
 from data_utils import (
+    InputError,
     TrainDatasetFromFolder,
     ValidDatasetFromFolder,
     run_script,
@@ -347,6 +348,8 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
+    if args.crop_size < 32 or args.crop_size % 8:
+        raise InputError(f"--crop_size {args.crop_size}: must be a multiple of 8, 32 or more")
     result = benchmark(args)
     print(report(result))
     if args.json:

@@ -176,7 +176,7 @@ def load_discriminator(path):
 def shipped_generator():
     """Path of the generator in this repository's `epochs/`: the one of the last epoch.
 
-    Raises InputError if there is none.
+    That is the shipped one until another is trained there. Raises InputError if there is none.
     """
     found = [(int(match[1]), path) for path in (Path(__file__).parent / "epochs").glob("*.pth")
              if (match := re.fullmatch(r"netG_epoch_8_(\d+)\.pth", path.name))]
@@ -256,7 +256,8 @@ def restore_run(state, parts, path):
     """Put `read_run`'s state back into `parts` and the random generators."""
     try:
         for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
+            if state["parts"][name]:  # a GradScaler has no state where it is not used
+                part.load_state_dict(state["parts"][name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: does not fit these networks "
                          f"({str(error).splitlines()[0]})") from None

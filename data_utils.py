@@ -39,10 +39,13 @@ class InputError(Exception):
 
 
 def run_script(main):
-    """Run a script's `main()`: an InputError becomes one line on stderr and exit code 2."""
+    """Run a script's `main()`: bad input becomes one line on stderr and exit code 2.
+
+    An OSError counts as such: a folder that may not be read or written, a disk that fails.
+    """
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

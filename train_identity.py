@@ -70,7 +70,7 @@ RECIPES = {
                    no_flip=True, no_icnr=True),
 }
 
-# Flags that a resumed run may change: they don't touch what is learnt.
+# Flags that are not the run's own, and those of its own that --resume may change.
 NOT_OF_THE_RUN = {"config", "recipe", "preset", "resume", "resume_override", "overwrite", "demo",
                   "out_dir"}
 FREE_ON_RESUME = {"num_epochs", "save_every", "save_minutes", "valid_every", "valid_batch",
@@ -97,7 +97,8 @@ def train_step(run, lr, hr, targets, with_gan, with_perceptual, every=1, share=1
     loss, scale = run.loss, run.scaler.get_scale()
     logged = {}
     with run.autocast():
-        sr_graph = run.ddpG(lr)
+        # beside D's activations there is no room for the generator's
+        sr_graph = run.ddpG(lr, run.recompute if with_gan else None)
     sr = sr_graph.detach().float().requires_grad_()
 
     logged["pixel"] = pixel_loss(sr, hr)
@@ -125,9 +126,10 @@ def play(run, sr, hr, logged, weight, scale):
 
     Adds the gradient of D's loss times `weight` to D's parameters, and the terms to `logged`. One
     pass of D over the fakes serves both. There are two passes, one at a time alive: each over half
-    of the real and half of the fake images, or, with --separate_d, one over either kind. In a pass
+    of the real and half of the fake images or, with --separate_d, one over either kind. In a pass
     of its own each kind is standardised by BatchNorm with its own statistics, which takes away
-    most of what tells the two apart; D then hardly learns (README, "Departures").
+    most of what tells the two apart; D then hardly learns (README, "Departures"). A batch of one
+    has one mixed pass.
     """
     kind, at_sr, logits = run.loss.gan_loss, torch.zeros_like(sr), {"real": [], "fake": []}
     passes = ([(hr, sr[:0]), (hr[:0], sr)] if run.separate_d else zip(hr.chunk(2), sr.chunk(2)))
@@ -207,6 +209,8 @@ def build(args, device, steps_per_epoch, world=1):
     run.average = deepcopy(run.netG) if args.ema else run.netG
     run.ddpG, run.ddpD = run.netG, run.netD
     if args.compile:
+        # D goes back twice through one pass (see `play`), which donated buffers do not allow
+        torch._functorch.config.donated_buffer = False
         run.ddpG, run.ddpD = torch.compile(run.netG), torch.compile(run.netD)
     if world > 1:
         # Each rank keeps its own BatchNorm statistics in a step; rank 0's are saved.
@@ -236,17 +240,29 @@ def build(args, device, steps_per_epoch, world=1):
     if precision == "auto":
         precision = "fp32"
         if device.type == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     run.autocast = lambda: torch.autocast(device.type, dtype, enabled=precision != "fp32")
     run.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    run.scaler.scale(torch.zeros((), device=device))  # it makes its factor when it is first used
     # Few images at a time keep a CPU's activations in its cache; a GPU wants the whole batch.
     run.chunk = 8 if device.type == "cpu" else args.batch_size
+    run.recompute = 4 if device.type == "cpu" else None
     run.updates = 0
     run.curves_drawn = -math.inf  # seconds on the clock
     run.known = {}             # HR's VGG features and embeddings, of the training images
     run.known_embeddings = {}  # HR's embeddings, of the validation images
     return run
+
+
+def set_learning_rates(run, args):
+    """Those of the flags: the restored optimisers and schedule brought the saved run's along."""
+    run.scheduleG.base_lrs = [args.lr]
+    for group in run.optimizerG.param_groups:
+        group["initial_lr"] = args.lr
+        group["lr"] = args.lr * run.scheduleG.lr_lambdas[0](run.scheduleG.last_epoch)
+    for group in run.optimizerD.param_groups:
+        group["lr"] = args.lr_d
 
 
 def set_up_machine(args):
@@ -291,6 +307,8 @@ def load_data(args):
     crop = valid_crop_size(args.crop_size, args.upscale_factor)
     if crop != args.crop_size:
         say(f"--crop_size {args.crop_size} is no multiple of {args.upscale_factor}: using {crop}")
+    if not crop:
+        raise InputError(f"--crop_size {args.crop_size}: must be {args.upscale_factor} or more")
     if crop < 32 and args.alpha:
         raise InputError(f"--crop_size {args.crop_size}: VGG16 halves a picture five times and "
                          "needs 32 px; take a larger crop, or --alpha 0")
@@ -423,8 +441,9 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
         lr, hr = (x.to(device, memory_format=torch.channels_last, non_blocking=True)
                   for x in (lr, hr))
         lr, hr = (torch.where(mirror, x.flip(-1), x) for x in (lr, hr))
-        gan = with_gan and step % lazy == 0
-        perceptual = with_gan and step % lazy == lazy // 2  # in turn: steps of equal length
+        # in turn, so that the steps are of equal length; a small epoch has fewer than `lazy`
+        gan = with_gan and run.updates % lazy == 0
+        perceptual = with_gan and run.updates % lazy == lazy // 2
         rows = []
         for part in torch.arange(len(indices)).chunk(args.accumulate):
             targets = None
@@ -440,7 +459,7 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
         progress["step"] = step + 1
         last = step + 1 == len(batches)
         if (step + 1) % look_every == 0 or last:
-            check_finite(history[:step + 1], epoch)
+            check_finite(history[:step + 1], epoch, run.scaler.is_enabled())
             if not bar.disable:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in zip(LOGGED, history[step].tolist())
                                  if v == v}, refresh=False)
@@ -449,14 +468,19 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
     bar.close()
 
 
-def check_finite(history, epoch):
-    """Raise InputError naming epoch, step and term of the first loss that is not finite."""
-    bad = history.isinf().nonzero().tolist()
+def check_finite(history, epoch, scaled=False):
+    """Raise InputError naming epoch, step and term of the first loss that is not finite.
+
+    scaled: a GradScaler passes over a step whose gradients overflowed, so the ratio may be inf.
+    """
+    losses = history[:, :LOGGED.index("ratio")] if scaled else history
+    bad = losses.isinf().nonzero().tolist()
     if bad:
         step, term = bad[0]
         raise InputError(f"epoch {epoch}, step {step + 1}: {LOGGED[term]} is not finite; stopped, "
-                         "and last.pt keeps the last good state. Lower the learning rate (--lr, "
-                         "--lr_d) or that term's weight and go on with --resume --resume_override")
+                         "and last.pt, once written, keeps the last good state. Lower the learning "
+                         "rate (--lr, --lr_d) or that term's weight and go on with --resume "
+                         "--resume_override")
 
 
 def validate_epoch(run, args, dataset, device, rank, world):
@@ -497,7 +521,7 @@ def dead_discriminator(row, args):
     """A warning when D could not tell real from generated for a whole epoch, else None."""
     gap = abs(row["Score_D"] - row["Score_G"])
     if gap < 0.01 or row["Gradient_ratio"] < 1e-4:
-        advice = ["no --separate_d"] * args.separate_d
+        advice = ["--no-separate_d"] * args.separate_d
         advice += ["--gan_loss bce"] * (args.gan_loss != "bce")
         advice += ["a higher --lr_d", "a larger --beta", "more steps: a larger --num_epochs"]
         return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
@@ -535,10 +559,18 @@ def open_folder(args):
     if args.overwrite:
         (folder / "last.pt").unlink(missing_ok=True)
     else:
-        for name in ("train_results.csv", "config.json"):  # of the generator that is shipped here
+        # what a generator that was trained or shipped here left, if this run would write it
+        saved = {*range(args.save_every, args.num_epochs + 1, args.save_every), args.num_epochs}
+        names = ["train_results.csv", "config.json"] + [
+            f"net{which}_epoch_{args.upscale_factor}_{epoch}.pth" for epoch in sorted(saved)
+            for which in "GD"]
+        for name in names:
             if (folder / name).exists():
-                os.replace(folder / name, folder / f"previous_{name}")
-                say(f"{folder / name} kept as previous_{name}")
+                kept = f"previous_{name}"
+                while (folder / kept).exists():
+                    kept = f"previous_{kept}"
+                os.replace(folder / name, folder / kept)
+                say(f"{folder / name} kept as {kept}")
     return None
 
 
@@ -576,8 +608,12 @@ def train(args):
     if state:
         refuse_changes(args, state["progress"], train_set, valid_set)
         checkpoints.restore_run(state, parts, folder / "last.pt")
+        set_learning_rates(run, args)
         progress = state["progress"] | {"flags": run_flags(args)}
         run.updates = progress["updates"]
+        if progress["history"] is not None and len(progress["history"]) != steps_per_epoch:
+            say(f"another number of steps per epoch: epoch {progress['epoch']} begins anew")
+            progress.update(step=0, history=None)
         if progress["history"] is not None:
             progress["history"] = progress["history"].to(device)
         say(f"resumed {folder} at epoch {progress['epoch']}, step {progress['step'] + 1}")
@@ -585,6 +621,10 @@ def train(args):
     say(f"{len(train_set)} training and {len(valid_set)} validation images; {world} process(es) on "
         f"{config['device']}; VGG16: {config['networks']['vgg16']}, InceptionResnetV1: "
         f"{config['networks']['inception_resnet_v1']}")
+
+    if args.pretrain_epochs >= args.num_epochs:
+        say(f"the pixel loss alone: --pretrain_epochs {args.pretrain_epochs} leaves no GAN epoch "
+            f"of --num_epochs {args.num_epochs}")
 
     caught = catch_signals()
     clock = {"from": time.perf_counter(), "saved": time.perf_counter()}
@@ -604,7 +644,8 @@ def train(args):
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         if stop or time.perf_counter() - clock["saved"] > 60 * args.save_minutes:
             if progress["step"]:  # between two epochs nothing is unchecked
-                check_finite(progress["history"][:progress["step"]], progress["epoch"])
+                check_finite(progress["history"][:progress["step"]], progress["epoch"],
+                             run.scaler.is_enabled())
             save()
         if stop:
             say(f"stopped at epoch {progress['epoch']}, step {progress['step']}; go on with:\n"
@@ -670,7 +711,7 @@ def write_epoch(run, args, folder, rows, config, epoch, last, validation, valid_
 
 def demo(args):
     """The main job in two minutes: synthetic people, random frozen networks, then evaluate.py."""
-    folder = Path(args.out_dir if args.out_dir != "epochs" else "epochs/demo")
+    folder = Path(args.out_dir, "demo")
     for split, n, seed in (("train", 64, 1), ("valid", 12, 2)):
         for i, portrait in enumerate(synthetic_portraits(n, 128, seed)):
             figures.save_image(Image.fromarray(portrait), folder / "data" / split / f"{i:03}.png")
@@ -709,11 +750,12 @@ def parse(argv=None):
         help="go on although a photograph is in both folders")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", choices=tuple(RECIPES), default="ours",
-        help="sets the flags of this group; report: all as the report's published code")
+    add("--recipe", choices=tuple(RECIPES),
+        help="sets the flags of this group; report: all as the report's published code (default: "
+             "ours)")
     add("--num_epochs", type=positive, default=100, help="epochs in all")
     add("--pretrain_epochs", type=int,
-        help="the first of them with the pixel loss alone (default: half)")
+        help="the first of them with the pixel loss alone (default: three quarters)")
     add("--batch_size", type=positive, help="images per update, over all processes")
     add("--accumulate", type=positive, default=1,
         help="parts that a batch is computed in, to save memory")
@@ -723,7 +765,7 @@ def parse(argv=None):
     add("--gan_loss", choices=("bce", "linear"),
         help="adversarial loss: cross-entropy on logits, or 1 - D(x) + D(G(z))")
     add("--label_smoothing", type=float, help="D's target for real images is 1 minus this")
-    add("--separate_d", action="store_true",
+    add("--separate_d", action=argparse.BooleanOptionalAction,
         help="real and generated images go through D in passes of their own, not mixed")
     add("--ema", type=float, help="limit of the generator average's decay; 0: no average")
     add("--lazy", type=positive,
@@ -734,7 +776,7 @@ def parse(argv=None):
 
     add = parser.add_argument_group("loss (L_pixel + alpha L_content + beta L_GAN + "
                                     "gamma L_identity)").add_argument
-    add("--preset", choices=tuple(PRESETS), default="identity", help="the report's weightings")
+    add("--preset", choices=tuple(PRESETS), help="the report's weightings (default: identity)")
     add("--alpha", type=float, help="weight of the content loss")
     add("--beta", type=float, help="weight of the adversarial loss")
     add("--gamma", type=float, help="weight of the identity loss")
@@ -762,16 +804,19 @@ def parse(argv=None):
         help="a two-minute run on synthetic portraits with random frozen networks")
 
     first, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**RECIPES[first.recipe])
-    parser.set_defaults(**dict(zip(("alpha", "beta", "gamma"), PRESETS[first.preset])))
+    stored = {}
     if first.config:
-        parser.set_defaults(**read_flags(first.config))
+        stored = read_flags(first.config)
     if first.resume:
-        state = checkpoints.read_run(first.out_dir)
-        parser.set_defaults(**state["progress"]["flags"])
+        stored = checkpoints.read_run(first.out_dir)["progress"]["flags"]
+    weights = {name: dict(zip(("alpha", "beta", "gamma"), PRESETS[name])) for name in PRESETS}
+    for defaults in (RECIPES["ours"], weights["identity"], stored,  # a name that is given wins
+                     RECIPES.get(first.recipe, {}), weights.get(first.preset, {})):
+        parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.pretrain_epochs is None:
-        args.pretrain_epochs = args.num_epochs // 2
+        # a GAN epoch takes three times as long as a pixel epoch: each phase gets half of the time
+        args.pretrain_epochs = args.num_epochs * 3 // 4
     return args
 
 

@@ -33,6 +33,19 @@ def test_generator_ends_in_a_tanh_brought_to_0_1():
     torch.testing.assert_close(sr, expected[None, :, None, None].expand_as(sr))
 
 
+def test_recomputed_upsampling_changes_neither_output_nor_gradients():
+    torch.manual_seed(0)
+    generator, lr = Generator(4), torch.rand(5, 3, 6, 6)
+    results = []
+    for recompute in (None, 2):
+        generator.zero_grad()
+        sr = generator(lr, recompute)
+        sr.square().mean().backward()
+        results.append([sr.detach()] + [p.grad for p in generator.parameters()])
+    for kept, recomputed in zip(*results):
+        torch.testing.assert_close(recomputed, kept, rtol=1e-4, atol=1e-6)
+
+
 def test_parameter_counts():
     assert parameters(Generator(8)) == 881_932
     # a sub-pixel block less: its 3x3 convolution from 64 to 256 channels, biases and one PReLU

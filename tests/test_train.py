@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,7 +203,7 @@ def test_dead_discriminator_is_announced():
     assert train_identity.dead_discriminator(row, report) is None
     assert "epoch 3" in train_identity.dead_discriminator(row | {"Score_G": 0.895}, report)
     warning = train_identity.dead_discriminator(row | {"Gradient_ratio": 1e-5}, report)
-    assert "--gan_loss bce" in warning and "--separate_d" in warning
+    assert "--gan_loss bce" in warning and "--no-separate_d" in warning
     ours = train_identity.dead_discriminator(row | {"Gradient_ratio": 1e-5},
                                              train_identity.parse([]))
     assert "bce" not in ours and "--lr_d" in ours  # nothing that is already done
@@ -233,6 +234,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="epoch 2, step 1: adversarial is not finite"):
         train_identity.main(["--resume", "--out_dir", str(tmp_path), "--num_epochs", "2"])
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_every_term_is_learnt_where_an_epoch_is_shorter_than_lazy(faces, tmp_path):
+    """Three steps an epoch and --lazy 8: the steps of the run count, not those of the epoch."""
+    train_identity.main(flags(faces, tmp_path, "--lazy", "8", "--pretrain_epochs", "0",
+                              "--num_epochs", "4", "--valid_every", "4"))
+    table = pd.read_csv(tmp_path / "train_results.csv")
+    assert table["Adversarial"].notna().tolist() == [True, False, True, False]  # steps 0 and 8
+    assert table["Identity"].notna().tolist() == [False, True, False, False]    # step 4
+
+
+def test_fp16_with_its_scaler(faces, tmp_path):
+    train_identity.main(flags(faces, tmp_path, "--precision", "fp16", "--lazy", "1"))
+    table = pd.read_csv(tmp_path / "train_results.csv")
+    assert table[["Pixel", "PSNR", "Cosine"]].notna().all(axis=None)
+
+
+def test_an_overflow_in_fp16_is_the_scalers_business():
+    history = torch.zeros(2, len(train_identity.LOGGED))
+    history[1, train_identity.LOGGED.index("ratio")] = math.inf
+    train_identity.check_finite(history, 1, scaled=True)
+    with pytest.raises(InputError, match="step 2: ratio"):
+        train_identity.check_finite(history, 1)
+    history[0, train_identity.LOGGED.index("adversarial")] = math.inf
+    with pytest.raises(InputError, match="step 1: adversarial"):
+        train_identity.check_finite(history, 1, scaled=True)
+
+
+def test_names_that_are_given_win_over_stored_flags(finished):
+    config = ["--config", str(finished / "config.json")]
+    assert train_identity.parse(config).gamma == 0.6
+    assert train_identity.parse([*config, "--preset", "baseline"]).gamma == 0
+    args = train_identity.parse([*config, "--recipe", "report", "--no-separate_d"])
+    assert args.gan_loss == "linear" and not args.separate_d and args.gamma == 0.6
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,10 +375,59 @@ def test_resume_with_other_flags_or_data_is_refused(faces, finished, tmp_path):
         train_identity.main(["--resume", "--out_dir", str(tmp_path)])
 
 
-def test_shipped_results_are_set_aside(faces, tmp_path):
-    (tmp_path / "config.json").write_text("shipped")
-    train_identity.open_folder(train_identity.parse(flags(faces, tmp_path)))
-    assert (tmp_path / "previous_config.json").read_text() == "shipped"
+def test_overridden_learning_rates_are_used(faces, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    train_identity.main(["--resume", "--resume_override", "--out_dir", str(tmp_path / "run"),
+                         "--lr", "1e-5", "--lr_d", "1e-6", "--num_epochs", "3", "--schedule",
+                         "constant"])
+    assert pd.read_csv(tmp_path / "run" / "train_results.csv")["Learning_rate"].iloc[-1] == 1e-5
+    parts = checkpoints.read_run(tmp_path / "run")["parts"]
+    assert parts["optimizerD"]["param_groups"][0]["lr"] == 1e-6
+
+
+def test_an_epoch_begins_anew_with_another_number_of_steps(faces, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_identity.main(flags(faces, tmp_path))
+    train_identity.main(["--resume", "--resume_override", "--out_dir", str(tmp_path),
+                         "--batch_size", "1"])
+    assert len(pd.read_csv(tmp_path / "train_results.csv")) == 2
+
+
+def test_what_lies_in_the_folder_is_set_aside(faces, tmp_path):
+    """The shipped run's files, twice: nothing that this run would write over is lost."""
+    for text in ("shipped", "broken off"):
+        for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_2_1.pth"):
+            (tmp_path / name).write_text(text)
+        train_identity.open_folder(train_identity.parse(flags(faces, tmp_path)))
+    for name in ("config.json", "netG_epoch_2_2.pth"):
+        assert (tmp_path / f"previous_{name}").read_text() == "shipped"
+        assert (tmp_path / f"previous_previous_{name}").read_text() == "broken off"
+    assert (tmp_path / "netG_epoch_2_1.pth").read_text() == "broken off"  # is not in the way
+
+
+def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    """It replaces the demo before it, so it must never be in the folder of a run."""
+    written = []
+    monkeypatch.setattr(train_identity.figures, "save_image", lambda image, path: None)
+    monkeypatch.setattr(train_identity, "main", written.append)
+    monkeypatch.setattr(train_identity.evaluate, "main", lambda argv: None)
+    train_identity.demo(train_identity.parse(["--demo", "--out_dir", str(tmp_path)]))
+    assert written[0][written[0].index("--out_dir") + 1] == str(tmp_path / "demo")
+
+
+def test_a_crop_of_nothing_is_refused(faces, tmp_path):
+    with pytest.raises(InputError, match="--crop_size 1: must be 2 or more"):
+        train_identity.main(flags(faces, tmp_path, "--crop_size", "1"))
+
+
+def test_a_folder_that_cannot_be_written_is_bad_input(faces, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    argv = flags(faces, tmp_path / "file" / "run")
+    with pytest.raises(SystemExit) as stop:
+        train_identity.run_script(lambda: train_identity.main(argv))
+    assert stop.value.code == 2 and "file" in capsys.readouterr().err
 
 
 def test_a_crop_too_small_for_vgg_is_refused(faces, tmp_path):
