@@ -15,6 +15,7 @@ from torch import nn
 
 import ablation
 import checkpoints
+import evaluate
 import figures
 import train_identity
 from data_utils import InputError, ValidDatasetFromFolder, synthetic_portraits
@@ -90,7 +91,7 @@ def done(tmp_path_factory):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_identity, ablation):
+        for module in (train_identity, evaluate):
             patch.setattr(module, "load_face_network", lambda _: TinyFaces())
         patch.setattr(train_identity, "load_vgg", tiny_vgg)
         patch.setattr(train_identity, "Discriminator", TinyDiscriminator)

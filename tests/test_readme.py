@@ -29,7 +29,7 @@ TINY = {
                     "--seeds", "0", "--warm_epochs", "1"],
     "benchmark.py": ["--batch_size", "2", "--crop_size", "32", "--rounds", "1", "--valid_images",
                      "2", "--device", "cpu"],
-    "super_resolve.py": ["--checkpoint", "visual.pth", "--device", "cpu"],
+    "super_resolve.py": ["--checkpoint", "epochs/netG_epoch_8_100.pth", "--device", "cpu"],
 }
 
 
@@ -53,10 +53,11 @@ def workspace(tmp_path, monkeypatch):
     pictures[0].resize((16, 16)).save("small_face.png")
     pictures[1].resize((16, 16)).save("folder_of_faces/a.png")
     pictures[2].save("party.jpg")
-    (tmp_path / "config.json").write_text(json.dumps({"start": "the same"}))
-    (tmp_path / "epochs").mkdir()
-    for name in ("visual.pth", "identity.pth", "epochs/netG_epoch_8_100.pth"):
-        checkpoints.save_torch(Generator(8).state_dict(), name)
+    checkpoints.save_torch(Generator(8).state_dict(), "epochs/netG_epoch_8_100.pth")
+    for run in ("visual_seed0", "identity_seed0"):
+        folder = tmp_path / "epochs" / "ablation" / run
+        checkpoints.save_torch(Generator(8).state_dict(), folder / "netG_epoch_8_50.pth")
+        (folder / "config.json").write_text(json.dumps({"start": "the same"}))
     return tmp_path
 
 
