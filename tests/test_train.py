@@ -228,7 +228,7 @@ def test_mixed_passes_let_the_discriminator_learn(more, told_apart):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path, monkeypatch):
-    train_identity.main(flags(faces, tmp_path, "--num_epochs", "1"))
+    train_identity.main(flags(faces, tmp_path, "--num_epochs", "1", "--lazy", "1"))
     before = (tmp_path / "last.pt").read_bytes()
     monkeypatch.setattr(train_identity, "adversarial_loss", lambda kind, fake: fake.sum() / 0)
     with pytest.raises(InputError, match="epoch 2, step 1: adversarial is not finite"):
