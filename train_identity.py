@@ -131,7 +131,8 @@ def play(run, sr, hr, logged, weight, scale):
     most of what tells the two apart; D then hardly learns (README, "Departures"). A batch of one
     has one mixed pass.
     """
-    kind, at_sr, logits = run.loss.gan_loss, torch.zeros_like(sr), {"real": [], "fake": []}
+    kind, at_sr = run.loss.gan_loss, torch.zeros_like(sr)
+    logged |= {name: sr.new_zeros(()) for name in ("adversarial", "loss_d", "score_d", "score_g")}
     passes = ([(hr, sr[:0]), (hr[:0], sr)] if run.separate_d else zip(hr.chunk(2), sr.chunk(2)))
     for real, fake in passes:
         with run.autocast():
@@ -139,21 +140,18 @@ def play(run, sr, hr, logged, weight, scale):
                 [len(real), len(fake)])
         loss_d = sr.new_zeros(())
         if len(real):
-            loss_d += real_loss(kind, real_logits, run.smoothing) * (len(real) / len(hr))
+            part = len(real) / len(hr)
+            loss_d += real_loss(kind, real_logits, run.smoothing) * part
+            logged["score_d"] += probability(real_logits.detach().float()).mean() * part
         if len(fake):
             part = len(fake) / len(sr)
-            at_sr += torch.autograd.grad(adversarial_loss(kind, fake_logits) * (part * scale), sr,
-                                         retain_graph=True)[0]
+            adversarial = adversarial_loss(kind, fake_logits) * part
+            at_sr += torch.autograd.grad(adversarial * scale, sr, retain_graph=True)[0]
             loss_d += fake_loss(kind, fake_logits) * part
+            logged["adversarial"] += adversarial.detach()
+            logged["score_g"] += probability(fake_logits.detach().float()).mean() * part
         (loss_d * weight).backward(inputs=run.parametersD)
-        logits["real"].append(real_logits.detach())
-        logits["fake"].append(fake_logits.detach())
-    real_logits, fake_logits = (torch.cat(logits[which]) for which in ("real", "fake"))
-    logged["adversarial"] = adversarial_loss(kind, fake_logits)
-    logged["loss_d"] = (real_loss(kind, real_logits, run.smoothing)
-                        + fake_loss(kind, fake_logits))
-    logged["score_d"] = probability(real_logits.float()).mean()
-    logged["score_g"] = probability(fake_logits.float()).mean()
+        logged["loss_d"] += loss_d.detach()
     return at_sr * (run.loss.beta / scale)
 
 
