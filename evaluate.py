@@ -128,11 +128,13 @@ def validate(netG, netD, dataset, face_network, known_embeddings, batch_size, de
     """What training logs of its validation images after an epoch.
 
     -> (n, 6) tensor, one row per index: PSNR-Y (dB), SSIM, cosine, D's logits of HR and of SR, and
-    the index. `known_embeddings` keeps HR's embeddings between epochs ({index: (512,)}). The
-    networks are put into eval mode and left there.
+    the index. `known_embeddings` keeps HR's embeddings between epochs ({index: (512,)}). Without
+    netD (None: it has not begun to learn), more than half of the arithmetic is spared and the
+    logits are nan. The networks are put into eval mode and left there.
     """
     netG.eval()
-    netD.eval()
+    if netD:
+        netD.eval()
     rows = []
     for group, lr, _, hr in batches(dataset, batch_size, device, indices):
         sr = netG(lr).float()
@@ -141,7 +143,8 @@ def validate(netG, netD, dataset, face_network, known_embeddings, batch_size, de
         hr_embeddings = torch.stack([known_embeddings[i] for i in group])
         rows.append(torch.stack([psnr_y(sr, hr), ssim(sr, hr),
                                  cosine(embed(face_network, sr), hr_embeddings),
-                                 netD(hr).float(), netD(sr).float(),
+                                 *((netD(x).float() if netD else sr.new_full((len(group),), np.nan))
+                                   for x in (hr, sr)),
                                  torch.tensor(group, device=device).float()], dim=1))
     return torch.cat(rows) if rows else torch.empty(0, 6, device=device)
 

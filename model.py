@@ -142,3 +142,20 @@ def icnr_(weight):
     initialisation.
     """
     weight.copy_(weight[::4].repeat_interleave(4, dim=0))
+
+
+@torch.no_grad()
+def remove_stripes_(weight):
+    """Make a convolution blind to lines that alternate from pixel to pixel, in place.
+
+    weight: (..., k, k). Projects each kernel onto those whose response at half the sampling rate
+    is zero, along the rows and along the columns (equivalently: onto the kernels that are a 2x2
+    mean followed by something smaller, Sugawara et al. 2018, "Super-resolution using convolutional
+    neural networks without any checkerboard artifacts"). An image that such a convolution puts
+    out has no line pattern of period two, whatever comes in; the gradients of VGG16 and
+    InceptionResnetV1, both full of strides and poolings of two, ask for one.
+    """
+    signs = torch.ones(weight.shape[-1], device=weight.device, dtype=weight.dtype)
+    signs[1::2] = -1
+    weight -= signs[:, None] * (signs @ weight)[..., None, :] / len(signs)
+    weight -= (weight @ signs)[..., None] * signs / len(signs)

@@ -55,7 +55,7 @@ from loss_identity import (
     pixel_loss,
     real_loss,
 )
-from model import Discriminator, Generator, probability
+from model import Discriminator, Generator, probability, remove_stripes_
 
 # What each step logs, in this order; nan where a step left a term out.
 LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "score_g", "ratio")
@@ -64,10 +64,10 @@ LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "s
 RECIPES = {
     "ours": dict(batch_size=16, lr=4e-4, lr_d=1e-4, schedule="cosine", pretrain_epochs=None,
                  gan_loss="bce", label_smoothing=0.1, separate_d=False, ema=0.999, lazy=4,
-                 no_flip=False, no_icnr=False),
+                 no_flip=False, no_icnr=False, no_notch=False),
     "report": dict(batch_size=32, lr=1e-4, lr_d=1e-4, schedule="constant", pretrain_epochs=0,
                    gan_loss="linear", label_smoothing=0.0, separate_d=True, ema=0.0, lazy=1,
-                   no_flip=True, no_icnr=True),
+                   no_flip=True, no_icnr=True, no_notch=True),
 }
 
 # Flags that are not the run's own, and those of its own that --resume may change.
@@ -160,6 +160,8 @@ def apply_updates(run, with_gan):
     for optimizer in [run.optimizerG] + [run.optimizerD] * with_gan:
         run.scaler.step(optimizer)
         optimizer.zero_grad()
+    if run.notch:
+        remove_stripes_(run.netG.last.weight)
     run.scaler.update()
     run.scheduleG.step()
     run.updates += 1
@@ -198,6 +200,9 @@ def build(args, device, steps_per_epoch, world=1):
             raise InputError(f"{args.start}: is a {start.scale_factor}x generator; give "
                              f"--upscale_factor {start.scale_factor} or another --start")
         run.netG.load_state_dict(start.state_dict())
+    run.notch = not args.no_notch
+    if run.notch:
+        remove_stripes_(run.netG.last.weight)
     if world > 1 and device.type == "cuda":
         run.netG = torch.nn.SyncBatchNorm.convert_sync_batchnorm(run.netG)
         run.netD = torch.nn.SyncBatchNorm.convert_sync_batchnorm(run.netD)
@@ -481,10 +486,10 @@ def check_finite(history, epoch, scaled=False):
                          "--resume_override")
 
 
-def validate_epoch(run, args, dataset, device, rank, world):
+def validate_epoch(run, args, gan, dataset, device, rank, world):
     """Validation images split over the ranks -> one (n, 6) array (see `evaluate.validate`)."""
     mine = range(rank, len(dataset), world)
-    rows = evaluate.validate(run.average, run.netD, dataset, run.face_network,
+    rows = evaluate.validate(run.average, run.netD if gan else None, dataset, run.face_network,
                              run.known_embeddings, args.valid_batch, device, mine).cpu()
     if world > 1:
         parts = [None] * world
@@ -660,7 +665,8 @@ def train(args):
         last = epoch == args.num_epochs
         validation = None
         if epoch % args.valid_every == 0 or last:
-            validation = validate_epoch(run, args, valid_set, device, rank, world)
+            gan = epoch > args.pretrain_epochs
+            validation = validate_epoch(run, args, gan, valid_set, device, rank, world)
         if world > 1:
             dist.all_reduce(progress["history"])
             progress["history"] /= world
@@ -769,6 +775,8 @@ def parse(argv=None):
     add("--lazy", type=positive,
         help="adversarial and perceptual terms every k-th step, at k times the weight")
     add("--no_icnr", action="store_true", help="plain initialisation of the sub-pixel blocks")
+    add("--no_notch", action="store_true",
+        help="let the generator's last convolution draw lines of period two (stripes)")
     add("--start", help="generator checkpoint to start from instead of a random one")
     add("--seed", type=int, default=0, help="of weights, order, flips and crops")
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Discriminator, Generator, SubPixelConv2d, UpsampleBlock, probability
+from model import (
+    Discriminator,
+    Generator,
+    SubPixelConv2d,
+    UpsampleBlock,
+    probability,
+    remove_stripes_,
+)
 
 
 def parameters(network):
@@ -116,3 +123,33 @@ def test_icnr_starts_as_a_nearest_neighbour_upsampling():
             assert output.std() > 0.1  # of something, not of nothing
         plain = cells(Generator(8, icnr=False).upsample[0](x))
     assert (plain - plain[..., :1]).abs().max() > 0.1
+
+
+def test_without_stripes_no_input_makes_the_last_convolution_draw_a_line_pattern():
+    """A line pattern of period two averages to zero against +1, -1, +1, ... along an axis."""
+    torch.manual_seed(0)
+    weight = torch.randn(3, 4, 9, 9)
+    x = torch.zeros(1, 4, 40, 40)
+    x[..., 12:28, 12:28] = torch.randn(1, 4, 16, 16)  # all of the response lies inside
+    signs = (-1.0) ** torch.arange(40)
+
+    def stripes(kernel):
+        y = F.conv2d(x, kernel, padding=4)
+        return max((y * signs).sum(-1).abs().max(), (y * signs[:, None]).sum(-2).abs().max())
+
+    assert stripes(weight) > 10
+    cleaned = weight.clone()
+    remove_stripes_(cleaned)
+    assert stripes(cleaned) < 1e-3
+    again = cleaned.clone()
+    remove_stripes_(again)
+    torch.testing.assert_close(again, cleaned)
+
+
+def test_a_kernel_behind_a_2x2_mean_has_no_stripes_to_remove():
+    torch.manual_seed(0)
+    kernel = torch.randn(5, 1, 8, 8)
+    behind_mean = F.conv_transpose2d(kernel, torch.full((1, 1, 2, 2), 0.25))
+    cleaned = behind_mean.clone()
+    remove_stripes_(cleaned)
+    torch.testing.assert_close(cleaned, behind_mean)

@@ -157,7 +157,7 @@ def test_report_recipe_undoes_every_departure():
                                                                                "constant", 0)
     assert (args.gan_loss, args.ema, args.lazy, args.label_smoothing) == ("linear", 0, 1, 0)
     assert args.separate_d
-    assert args.no_flip and args.no_icnr
+    assert args.no_flip and args.no_icnr and args.no_notch
     assert (args.alpha, args.beta, args.gamma) == (0.005, 0.001, 0.6)
     assert train_identity.parse(["--preset", "visual", "--gamma", "3"]).gamma == 3
     assert train_identity.parse(["--preset", "visual"]).gamma == 0.006
@@ -243,6 +243,17 @@ def test_every_term_is_learnt_where_an_epoch_is_shorter_than_lazy(faces, tmp_pat
     table = pd.read_csv(tmp_path / "train_results.csv")
     assert table["Adversarial"].notna().tolist() == [True, False, True, False]  # steps 0 and 8
     assert table["Identity"].notna().tolist() == [False, True, False, False]    # step 4
+
+
+@pytest.mark.parametrize("flag, striped", [([], False), (["--no_notch"], True)])
+def test_no_update_gives_the_last_convolution_stripes(flag, striped):
+    run, lr, hr = small_run("--alpha", "0", *flag)
+    train_identity.train_step(run, lr, hr, None, False, False)
+    train_identity.apply_updates(run, False)
+    signs = (-1.0) ** torch.arange(9)
+    for network in (run.netG, run.average):
+        response = (network.last.weight.detach() * signs).sum(-1).abs().max()
+        assert (response > 1e-3) == striped
 
 
 def test_fp16_with_its_scaler():
