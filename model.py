@@ -149,13 +149,14 @@ def remove_stripes_(weight):
     """Make a convolution blind to lines that alternate from pixel to pixel, in place.
 
     weight: (..., k, k). Projects each kernel onto those whose response at half the sampling rate
-    is zero, along the rows and along the columns (equivalently: onto the kernels that are a 2x2
-    mean followed by something smaller, Sugawara et al. 2018, "Super-resolution using convolutional
-    neural networks without any checkerboard artifacts"). An image that such a convolution puts
-    out has no line pattern of period two, whatever comes in; the gradients of VGG16 and
-    InceptionResnetV1, both full of strides and poolings of two, ask for one.
+    is zero, along the rows and along the columns: the kernels that are a 2x2 mean followed by
+    something smaller (Sugawara et al. 2018, "Super-resolution using convolutional neural networks
+    without any checkerboard artifacts"). Whatever comes in, what comes out has no part at exactly
+    that rate, but for the zeros beyond the border. The gradients of VGG16 and InceptionResnetV1,
+    both full of strides of two, ask for such lines.
     """
     signs = torch.ones(weight.shape[-1], device=weight.device, dtype=weight.dtype)
     signs[1::2] = -1
-    weight -= signs[:, None] * (signs @ weight)[..., None, :] / len(signs)
-    weight -= (weight @ signs)[..., None] * signs / len(signs)
+    for line in (signs, signs[:, None]):
+        along = -1 if line.dim() == 1 else -2
+        weight -= (weight * line).sum(along, keepdim=True) * line / len(signs)

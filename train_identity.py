@@ -70,6 +70,9 @@ RECIPES = {
                    no_flip=True, no_icnr=True, no_notch=True),
 }
 
+NOT_FINITE = ("stopped, and last.pt, once written, keeps the last good state. Lower the learning "
+              "rate (--lr, --lr_d) or that term's weight and go on with --resume --resume_override")
+
 # Flags that are not the run's own, and those of its own that --resume may change.
 NOT_OF_THE_RUN = {"config", "recipe", "preset", "resume", "resume_override", "overwrite", "demo",
                   "out_dir"}
@@ -463,6 +466,8 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
         last = step + 1 == len(batches)
         if (step + 1) % look_every == 0 or last:
             check_finite(history[:step + 1], epoch, run.scaler.is_enabled())
+            if last:
+                check_weights(run, progress)
             if not bar.disable:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in zip(LOGGED, history[step].tolist())
                                  if v == v}, refresh=False)
@@ -480,15 +485,24 @@ def check_finite(history, epoch, scaled=False):
     bad = losses.isinf().nonzero().tolist()
     if bad:
         step, term = bad[0]
-        raise InputError(f"epoch {epoch}, step {step + 1}: {LOGGED[term]} is not finite; stopped, "
-                         "and last.pt, once written, keeps the last good state. Lower the learning "
-                         "rate (--lr, --lr_d) or that term's weight and go on with --resume "
-                         "--resume_override")
+        raise InputError(f"epoch {epoch}, step {step + 1}: {LOGGED[term]} is not finite; "
+                         f"{NOT_FINITE}")
+
+
+def check_weights(run, progress):
+    """Raise InputError if the last update made a weight infinite or nan: it must not be saved."""
+    for name, network in (("generator", run.netG), ("discriminator", run.netD)):
+        if not torch.stack([p.isfinite().all() for p in network.parameters()]).all():
+            raise InputError(f"epoch {progress['epoch']}, step {progress['step']}: its update made "
+                             f"weights of the {name} that are not finite; {NOT_FINITE}")
 
 
 def validate_epoch(run, args, gan, dataset, device, rank, world):
     """Validation images split over the ranks -> one (n, 6) array (see `evaluate.validate`)."""
     mine = range(rank, len(dataset), world)
+    if world > 1:  # BatchNorm's running statistics: those that are saved
+        for buffer in (*run.average.buffers(), *run.netD.buffers()):
+            dist.broadcast(buffer, 0)
     rows = evaluate.validate(run.average, run.netD if gan else None, dataset, run.face_network,
                              run.known_embeddings, args.valid_batch, device, mine).cpu()
     if world > 1:
@@ -630,6 +644,8 @@ def train(args):
             f"of --num_epochs {args.num_epochs}")
 
     caught = catch_signals()
+    # processes stop together, and a GPU that waits for the others' answer stands still
+    stop_every = 8 if device.type == "cuda" else 1
     clock = {"from": time.perf_counter(), "saved": time.perf_counter()}
 
     def save():
@@ -643,12 +659,16 @@ def train(args):
     def between_steps():
         stop = torch.tensor(caught[0] if caught else 0)
         if world > 1:
-            stop = stop.to(device)
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
+            if progress["step"] % stop_every:
+                stop.zero_()
+            else:
+                stop = stop.to(device)
+                dist.all_reduce(stop, dist.ReduceOp.MAX)
         if stop or time.perf_counter() - clock["saved"] > 60 * args.save_minutes:
             if progress["step"]:  # between two epochs nothing is unchecked
                 check_finite(progress["history"][:progress["step"]], progress["epoch"],
                              run.scaler.is_enabled())
+                check_weights(run, progress)
             save()
         if stop:
             say(f"stopped at epoch {progress['epoch']}, step {progress['step']}; go on with:\n"

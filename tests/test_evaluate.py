@@ -246,6 +246,9 @@ def test_measuring_in_batches_is_measuring_one_by_one(frames):
     with torch.no_grad():
         logits = [netD(frames[3][2][None]).item(), netD(netG(frames[3][0][None])).item()]
     np.testing.assert_allclose(rows[3, 3:5], logits, rtol=1e-3, atol=1e-5)
+    without = evaluate.validate(netG, None, frames, embedders["cosine"], known, 3, CPU, range(5))
+    np.testing.assert_array_equal(without[:, [0, 1, 2, 5]], rows[:, [0, 1, 2, 5]])
+    assert without[:, 3:5].isnan().all()
 
 
 def test_summary_has_the_means_and_the_pooled_psnr():

@@ -135,12 +135,12 @@ def test_without_stripes_no_input_makes_the_last_convolution_draw_a_line_pattern
 
     def stripes(kernel):
         y = F.conv2d(x, kernel, padding=4)
-        return max((y * signs).sum(-1).abs().max(), (y * signs[:, None]).sum(-2).abs().max())
+        return [(y * signs).sum(-1).abs().max(), (y * signs[:, None]).sum(-2).abs().max()]
 
-    assert stripes(weight) > 10
+    assert min(stripes(weight)) > 10
     cleaned = weight.clone()
     remove_stripes_(cleaned)
-    assert stripes(cleaned) < 1e-3
+    assert max(stripes(cleaned)) < 1e-3
     again = cleaned.clone()
     remove_stripes_(again)
     torch.testing.assert_close(again, cleaned)

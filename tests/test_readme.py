@@ -80,3 +80,6 @@ def test_every_command(workspace, monkeypatch):
             assert getattr(end, "code", 2) in (0, None) or "--detect" in argv, words
         ran.add(script)
     assert ran == set(TINY)
+    assert json.loads((workspace / "bench.json").read_text()).keys() >= {
+        "train_images_per_second", "reference_images_per_second", "speedup", "conv_fraction",
+        "memory_ratio"}

@@ -93,7 +93,7 @@ def test_step_equals_the_straightforward_loop(more):
 
     fast.optimizerG = torch.optim.SGD(fast.netG.parameters(), lr=0.1)
     fast.optimizerD = torch.optim.SGD(fast.netD.parameters(), lr=0.1)
-    fast.chunk = 3
+    fast.chunk = fast.recompute = 3
     targets = train_identity.cached_targets(fast.loss, {}, range(4), hr)
     values = train_identity.train_step(fast, lr, hr, targets, True, True).nan_to_num(0)
     logged = dict(zip(train_identity.LOGGED, values.tolist()))  # nan: weight 0, left out
@@ -236,6 +236,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path, monkeypatch):
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("poisoned", ["netG", "netD"])
+def test_weights_that_are_not_finite_are_not_saved(faces, finished, tmp_path, monkeypatch,
+                                                   poisoned):
+    """The losses of an epoch's last step are finite, its update is not."""
+    shutil.copytree(finished, tmp_path / "run")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    original, count = train_identity.apply_updates, [0]
+
+    def apply_updates(run, with_gan):
+        original(run, with_gan)
+        count[0] += 1
+        if count[0] == 3:
+            next(getattr(run, poisoned).parameters()).data[0] = math.nan
+
+    monkeypatch.setattr(train_identity, "apply_updates", apply_updates)
+    with pytest.raises(InputError, match="epoch 3, step 3: .*not finite"):
+        train_identity.main(["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs", "3",
+                             "--save_minutes", "1000"])
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert not (tmp_path / "run" / "netG_epoch_2_3.pth").exists()
+
+
 def test_every_term_is_learnt_where_an_epoch_is_shorter_than_lazy(faces, tmp_path):
     """Three steps an epoch and --lazy 8: the steps of the run count, not those of the epoch."""
     train_identity.main(flags(faces, tmp_path, "--lazy", "8", "--pretrain_epochs", "0",
@@ -252,8 +274,9 @@ def test_no_update_gives_the_last_convolution_stripes(flag, striped):
     train_identity.apply_updates(run, False)
     signs = (-1.0) ** torch.arange(9)
     for network in (run.netG, run.average):
-        response = (network.last.weight.detach() * signs).sum(-1).abs().max()
-        assert (response > 1e-3) == striped
+        for along in (signs, signs[:, None]):
+            response = (network.last.weight.detach() * along).sum(-along.dim()).abs().max()
+            assert (response > 1e-3) == striped
 
 
 def test_fp16_with_its_scaler():
@@ -337,8 +360,8 @@ def test_signal_during_validation(faces, finished, tmp_path, monkeypatch):
 
 def test_killed_at_twenty_random_moments(faces, finished, tmp_path):
     """kill -9, again and again, while last.pt is written after every step: nothing is lost."""
-    context = multiprocessing.get_context("forkserver")  # one import of torch for all of them
-    context.set_forkserver_preload(["train_identity"])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
     rng, folder, argv, kills = random.Random(0), tmp_path / "run", None, 0
     started = time.monotonic()
     while kills < 20:

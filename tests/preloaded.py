@@ -1,0 +1,11 @@
+"""What the killed processes of test_train.py start from: the imports and one face network.
+
+A fork server imports this once; building the network anew takes longer than a tiny run.
+"""
+
+import functools
+
+import train_identity
+
+train_identity.load_face_network = functools.cache(train_identity.load_face_network)
+train_identity.load_face_network("random")
