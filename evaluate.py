@@ -141,10 +141,11 @@ def validate(netG, netD, dataset, face_network, known_embeddings, batch_size, de
         if any(i not in known_embeddings for i in group):
             known_embeddings.update(zip(group, embed(face_network, hr)))
         hr_embeddings = torch.stack([known_embeddings[i] for i in group])
+        unknown = sr.new_full((len(group),), np.nan)
+        logits = [netD(x).float() if netD else unknown for x in (hr, sr)]
         rows.append(torch.stack([psnr_y(sr, hr), ssim(sr, hr),
                                  cosine(embed(face_network, sr), hr_embeddings),
-                                 *((netD(x).float() if netD else sr.new_full((len(group),), np.nan))
-                                   for x in (hr, sr)),
+                                 *logits,
                                  torch.tensor(group, device=device).float()], dim=1))
     return torch.cat(rows) if rows else torch.empty(0, 6, device=device)
 

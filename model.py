@@ -157,6 +157,5 @@ def remove_stripes_(weight):
     """
     signs = torch.ones(weight.shape[-1], device=weight.device, dtype=weight.dtype)
     signs[1::2] = -1
-    for line in (signs, signs[:, None]):
-        along = -1 if line.dim() == 1 else -2
-        weight -= (weight * line).sum(along, keepdim=True) * line / len(signs)
+    for axis, line in ((-1, signs), (-2, signs[:, None])):
+        weight -= (weight * line).sum(axis, keepdim=True) * line / len(signs)

@@ -62,16 +62,20 @@ LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "s
 
 # The default recipe against the report's: each departure has a flag, --recipe report sets all.
 RECIPES = {
-    "ours": dict(batch_size=16, lr=4e-4, lr_d=1e-4, schedule="cosine", pretrain_epochs=None,
-                 gan_loss="bce", label_smoothing=0.1, separate_d=False, ema=0.999, lazy=4,
-                 no_flip=False, no_icnr=False, no_notch=False),
-    "report": dict(batch_size=32, lr=1e-4, lr_d=1e-4, schedule="constant", pretrain_epochs=0,
-                   gan_loss="linear", label_smoothing=0.0, separate_d=True, ema=0.0, lazy=1,
-                   no_flip=True, no_icnr=True, no_notch=True),
+    "ours": dict(batch_size=16, lr=4e-4, lr_d=1e-4, momentum_d=0.5, schedule="cosine",
+                 pretrain_epochs=None, gan_loss="bce", label_smoothing=0.1, separate_d=False,
+                 ema=0.999, lazy=4, no_flip=False, no_icnr=False, no_notch=False),
+    "report": dict(batch_size=32, lr=1e-4, lr_d=1e-4, momentum_d=0.9, schedule="constant",
+                   pretrain_epochs=0, gan_loss="linear", label_smoothing=0.0, separate_d=True,
+                   ema=0.0, lazy=1, no_flip=True, no_icnr=True, no_notch=True),
 }
 
 NOT_FINITE = ("stopped, and last.pt, once written, keeps the last good state. Lower the learning "
               "rate (--lr, --lr_d) or that term's weight and go on with --resume --resume_override")
+
+# Of the flags that are numbers from 0 up: what they must be under.
+LIMITS = {"lr": math.inf, "lr_d": math.inf, "momentum_d": 1, "label_smoothing": 1, "ema": 1,
+          "alpha": math.inf, "beta": math.inf, "gamma": math.inf}
 
 # Flags that are not the run's own, and those of its own that --resume may change.
 NOT_OF_THE_RUN = {"config", "recipe", "preset", "resume", "resume_override", "overwrite", "demo",
@@ -232,7 +236,8 @@ def build(args, device, steps_per_epoch, world=1):
 
     fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
     run.optimizerG = torch.optim.Adam(run.netG.parameters(), lr=args.lr, **fused)
-    run.optimizerD = torch.optim.Adam(run.netD.parameters(), lr=args.lr_d, **fused)
+    run.optimizerD = torch.optim.Adam(run.netD.parameters(), lr=args.lr_d,
+                                      betas=(args.momentum_d, 0.999), **fused)
     total = args.num_epochs * steps_per_epoch
 
     def factor(step):  # of the learning rate: a half cosine to a twentieth
@@ -261,14 +266,14 @@ def build(args, device, steps_per_epoch, world=1):
     return run
 
 
-def set_learning_rates(run, args):
+def set_optimizers(run, args):
     """Those of the flags: the restored optimisers and schedule brought the saved run's along."""
     run.scheduleG.base_lrs = [args.lr]
     for group in run.optimizerG.param_groups:
         group["initial_lr"] = args.lr
         group["lr"] = args.lr * run.scheduleG.lr_lambdas[0](run.scheduleG.last_epoch)
     for group in run.optimizerD.param_groups:
-        group["lr"] = args.lr_d
+        group.update(lr=args.lr_d, betas=(args.momentum_d, 0.999))
 
 
 def set_up_machine(args):
@@ -625,7 +630,7 @@ def train(args):
     if state:
         refuse_changes(args, state["progress"], train_set, valid_set)
         checkpoints.restore_run(state, parts, folder / "last.pt")
-        set_learning_rates(run, args)
+        set_optimizers(run, args)
         progress = state["progress"] | {"flags": run_flags(args)}
         run.updates = progress["updates"]
         if progress["history"] is not None and len(progress["history"]) != steps_per_epoch:
@@ -785,6 +790,8 @@ def parse(argv=None):
         help="parts that a batch is computed in, to save memory")
     add("--lr", type=float, help="Adam's learning rate of the generator")
     add("--lr_d", type=float, help="and of the discriminator")
+    add("--momentum_d", type=float,
+        help="Adam's beta1 of the discriminator; 0.9: plain Adam")
     add("--schedule", choices=("cosine", "constant"), help="of the generator's learning rate")
     add("--gan_loss", choices=("bce", "linear"),
         help="adversarial loss: cross-entropy on logits, or 1 - D(x) + D(G(z))")
@@ -840,6 +847,9 @@ def parse(argv=None):
                      RECIPES.get(first.recipe, {}), weights.get(first.preset, {})):
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    for name, limit in LIMITS.items():
+        if not 0 <= getattr(args, name) < limit:
+            raise InputError(f"--{name} {getattr(args, name)}: must be from 0 up and under {limit}")
     if args.pretrain_epochs is None:
         # a GAN epoch takes three times as long as a pixel epoch: each phase gets half of the time
         args.pretrain_epochs = args.num_epochs * 3 // 4

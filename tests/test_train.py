@@ -20,8 +20,10 @@ from conftest import ROOT
 
 import benchmark
 import checkpoints
+import figures
 import train_identity
 from data_utils import InputError
+from figures import save_curves
 
 REPORT_COLUMNS = "Epoch,Loss_D,Loss_G,Score_D,Score_G,PSNR,SSIM,Cosine"
 
@@ -45,19 +47,22 @@ def assert_same_bits(a, b):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_of_each_frozen_network():
-    """Building them takes longer than a tiny run; nothing changes them."""
+def what_takes_long_once():
+    """Building a frozen network and drawing curves each take longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_vgg", "load_face_network"):
             patch.setattr(train_identity, name, functools.cache(getattr(train_identity, name)))
+        patch.setattr(figures, "save_curves", lambda table, path: None)
         yield
 
 
 @pytest.fixture(scope="module")
 def finished(faces, tmp_path_factory):
-    """A finished run: one pixel epoch, one GAN epoch."""
+    """A finished run with all its files: one pixel epoch, one GAN epoch."""
     folder = tmp_path_factory.mktemp("finished")
-    train_identity.main(flags(faces, folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save_curves", save_curves)
+        train_identity.main(flags(faces, folder))
     return folder
 
 
@@ -156,11 +161,17 @@ def test_report_recipe_undoes_every_departure():
     assert (args.batch_size, args.lr, args.schedule, args.pretrain_epochs) == (32, 1e-4,
                                                                                "constant", 0)
     assert (args.gan_loss, args.ema, args.lazy, args.label_smoothing) == ("linear", 0, 1, 0)
-    assert args.separate_d
+    assert args.separate_d and args.momentum_d == 0.9
     assert args.no_flip and args.no_icnr and args.no_notch
     assert (args.alpha, args.beta, args.gamma) == (0.005, 0.001, 0.6)
     assert train_identity.parse(["--preset", "visual", "--gamma", "3"]).gamma == 3
     assert train_identity.parse(["--preset", "visual"]).gamma == 0.006
+
+
+@pytest.mark.parametrize("flag", ["--lr=-1e-4", "--momentum_d=1", "--ema=1.5", "--gamma=nan"])
+def test_a_number_out_of_range_names_its_flag(flag):
+    with pytest.raises(InputError, match=flag.split("=")[0]):
+        train_identity.parse([flag])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -415,11 +426,11 @@ def test_resume_with_other_flags_or_data_is_refused(faces, finished, tmp_path):
 def test_overridden_learning_rates_are_used(faces, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     train_identity.main(["--resume", "--resume_override", "--out_dir", str(tmp_path / "run"),
-                         "--lr", "1e-5", "--lr_d", "1e-6", "--num_epochs", "3", "--schedule",
-                         "constant"])
+                         "--lr", "1e-5", "--lr_d", "1e-6", "--momentum_d", "0.2",
+                         "--num_epochs", "3", "--schedule", "constant"])
     assert pd.read_csv(tmp_path / "run" / "train_results.csv")["Learning_rate"].iloc[-1] == 1e-5
-    parts = checkpoints.read_run(tmp_path / "run")["parts"]
-    assert parts["optimizerD"]["param_groups"][0]["lr"] == 1e-6
+    group = checkpoints.read_run(tmp_path / "run")["parts"]["optimizerD"]["param_groups"][0]
+    assert group["lr"] == 1e-6 and tuple(group["betas"]) == (0.2, 0.999)
 
 
 def test_an_epoch_begins_anew_with_another_number_of_steps(faces, tmp_path, monkeypatch):
