@@ -276,7 +276,8 @@ def report(args, words, summary, labels, pairs, last, weights):
         *(f"- {sentence(pair)}" for pair in pairs.itertuples()), "",
         f"## Last {args.last_k} epochs", "",
         "Mean over epochs and seeds (lowest to highest seed). D accuracy: the share of real and "
-        "generated images that the discriminator tells apart; 0.5 is guessing.", "",
+        "generated validation images that the discriminator tells apart, with the statistics of "
+        "the batch, as in training; 0.5 is guessing.", "",
         *markdown_table(["configuration", "alpha", "beta", "gamma", *TITLES.values()], last_rows),
         "", "## The report's values, for reference", "",
         "Single epochs of single runs, on CelebA-HQ.", "",

@@ -201,8 +201,9 @@ def worker(role, flags, folder, pipe):
         train_identity.apply_updates(run, with_gan=False)
 
     def project_validation():
-        evaluate.validate(run.average, run.netD, valid, run.face_network, run.known_embeddings,
-                          flags.valid_batch, device, everyone)
+        discriminate = train_identity.discriminator_at_work(run, device)
+        evaluate.validate(run.average, discriminate, valid, run.face_network,
+                          run.known_embeddings, flags.valid_batch, device, everyone)
 
     def in_training(function):
         run.netG.train()

@@ -181,7 +181,8 @@ def shipped_generator():
     found = [(int(match[1]), path) for path in (Path(__file__).parent / "epochs").glob("*.pth")
              if (match := re.fullmatch(r"netG_epoch_8_(\d+)\.pth", path.name))]
     if not found:
-        raise InputError("epochs/ holds no netG_epoch_8_*.pth; train one or name a --checkpoint")
+        raise InputError("epochs/ holds no netG_epoch_8_*.pth; train one, or name a --checkpoint "
+                         "(a run that began there keeps older ones as previous_*)")
     return max(found)[1]
 
 

@@ -124,25 +124,24 @@ def batches(dataset, batch_size, device, indices=None):
 
 
 @torch.no_grad()
-def validate(netG, netD, dataset, face_network, known_embeddings, batch_size, device, indices):
+def validate(netG, discriminate, dataset, face_network, known_embeddings, batch_size, device,
+             indices):
     """What training logs of its validation images after an epoch.
 
     -> (n, 6) tensor, one row per index: PSNR-Y (dB), SSIM, cosine, D's logits of HR and of SR, and
-    the index. `known_embeddings` keeps HR's embeddings between epochs ({index: (512,)}). Without
-    netD (None: it has not begun to learn), more than half of the arithmetic is spared and the
-    logits are nan. The networks are put into eval mode and left there.
+    the index. `known_embeddings` keeps HR's embeddings between epochs ({index: (512,)}).
+    discriminate: function (hr, sr) -> their logits, (N,) each; without it (None: D has not begun
+    to learn) more than half of the arithmetic is spared and the logits are nan. netG is put into
+    eval mode and left there.
     """
     netG.eval()
-    if netD:
-        netD.eval()
     rows = []
     for group, lr, _, hr in batches(dataset, batch_size, device, indices):
         sr = netG(lr).float()
         if any(i not in known_embeddings for i in group):
             known_embeddings.update(zip(group, embed(face_network, hr)))
         hr_embeddings = torch.stack([known_embeddings[i] for i in group])
-        unknown = sr.new_full((len(group),), np.nan)
-        logits = [netD(x).float() if netD else unknown for x in (hr, sr)]
+        logits = discriminate(hr, sr) if discriminate else [sr.new_full((len(group),), np.nan)] * 2
         rows.append(torch.stack([psnr_y(sr, hr), ssim(sr, hr),
                                  cosine(embed(face_network, sr), hr_embeddings),
                                  *logits,

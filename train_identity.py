@@ -140,8 +140,7 @@ def play(run, sr, hr, logged, weight, scale):
     """
     kind, at_sr = run.loss.gan_loss, torch.zeros_like(sr)
     logged |= {name: sr.new_zeros(()) for name in ("adversarial", "loss_d", "score_d", "score_g")}
-    passes = ([(hr, sr[:0]), (hr[:0], sr)] if run.separate_d else zip(hr.chunk(2), sr.chunk(2)))
-    for real, fake in passes:
+    for real, fake in passes(run.separate_d, hr, sr):
         with run.autocast():
             real_logits, fake_logits = run.ddpD(torch.cat([real, fake])).split(
                 [len(real), len(fake)])
@@ -160,6 +159,11 @@ def play(run, sr, hr, logged, weight, scale):
         (loss_d * weight).backward(inputs=run.parametersD)
         logged["loss_d"] += loss_d.detach()
     return at_sr * (run.loss.beta / scale)
+
+
+def passes(separate_d, hr, sr):
+    """[(real, fake)]: the images of each pass of D, one of which may be empty (see `play`)."""
+    return ([(hr, sr[:0]), (hr[:0], sr)] if separate_d else list(zip(hr.chunk(2), sr.chunk(2))))
 
 
 def apply_updates(run, with_gan):
@@ -309,7 +313,7 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(-3, 2 ** 31 - 1)  # M_MMAP_THRESHOLD
+    mallopt(-3, 2 ** 31 - 1) or mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD; older ones' limit
     mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -397,6 +401,12 @@ def catch_signals():
     return caught
 
 
+def leave_signals_to_the_run(_worker):
+    """torchrun signals the workers of a DataLoader too: they end when the run has saved."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+
+
 def epoch_order(n, args, epoch, rank, world):
     """(batches of indices of this rank, flip of every image): functions of seed and epoch alone."""
     sampler = DistributedSampler(range(n), world, rank, shuffle=True, seed=args.seed)
@@ -436,7 +446,8 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
     history, first = progress["history"], progress["step"]
     workers = 0 if dataset.cached else min(8, os.cpu_count())
     loader = DataLoader(dataset, batch_sampler=batches[first:], num_workers=workers,
-                        pin_memory=device.type == "cuda")
+                        pin_memory=device.type == "cuda",
+                        worker_init_fn=leave_signals_to_the_run)
     # a look at the losses waits for a GPU; a CPU has them anyway
     look_every = 25 if device.type == "cuda" else 1
     target_bytes = 4 * 512 * ((dataset.crop_size // 32) ** 2 + 1)  # VGG features and embedding
@@ -448,7 +459,7 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
                desc=f"epoch {epoch}/{args.num_epochs}", disable=True if rank else None)
     for step, (indices, (lr, hr)) in enumerate(zip(batches[first:], loader), first):
         flipped = flips[indices]
-        mirror = flipped.to(device)[:, None, None, None]
+        mirror = flipped.to(device, non_blocking=True)[:, None, None, None]
         lr, hr = (x.to(device, memory_format=torch.channels_last, non_blocking=True)
                   for x in (lr, hr))
         lr, hr = (torch.where(mirror, x.flip(-1), x) for x in (lr, hr))
@@ -456,13 +467,14 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
         gan = with_gan and run.updates % lazy == 0
         perceptual = with_gan and run.updates % lazy == lazy // 2
         rows = []
-        for part in torch.arange(len(indices)).chunk(args.accumulate):
-            targets = None
+        size = math.ceil(len(indices) / args.accumulate)
+        for start in range(0, len(indices), size):
+            part, targets = slice(start, start + size), None
             if perceptual:
-                keys = [(indices[i], bool(flipped[i])) for i in part]
+                keys = list(zip(indices[part], flipped[part].tolist()))
                 targets = (cached_targets(run.loss, run.known, keys, hr[part]) if keep_targets
                            else run.loss.targets(hr[part]))
-            share = len(part) / len(indices)
+            share = len(lr[part]) / len(indices)
             rows.append(share * train_step(run, lr[part], hr[part], targets, gan, perceptual, lazy,
                                            share))
         apply_updates(run, gan)
@@ -502,13 +514,35 @@ def check_weights(run, progress):
                              f"weights of the {name} that are not finite; {NOT_FINITE}")
 
 
+def discriminator_at_work(run, device):
+    """function (hr, sr) -> (logits of HR, of SR), with D as its own steps see the images.
+
+    That is in passes with the batch's statistics: BatchNorm's running ones lag behind, and with
+    them a D that tells every pair apart may call all images real. A copy, so that looking changes
+    nothing; a plain one, since ranks with unequal numbers of batches must not wait for each other.
+    """
+    netD = Discriminator().to(device, memory_format=torch.channels_last).train()
+    netD.load_state_dict(run.netD.state_dict())
+
+    def discriminate(hr, sr):
+        real_logits, fake_logits = [], []
+        for real, fake in passes(run.separate_d, hr, sr):
+            logits = netD(torch.cat([real, fake])).float()
+            real_logits.append(logits[:len(real)])
+            fake_logits.append(logits[len(real):])
+        return torch.cat(real_logits), torch.cat(fake_logits)
+
+    return discriminate
+
+
 def validate_epoch(run, args, gan, dataset, device, rank, world):
     """Validation images split over the ranks -> one (n, 6) array (see `evaluate.validate`)."""
     mine = range(rank, len(dataset), world)
     if world > 1:  # BatchNorm's running statistics: those that are saved
-        for buffer in (*run.average.buffers(), *run.netD.buffers()):
+        for buffer in run.average.buffers():
             dist.broadcast(buffer, 0)
-    rows = evaluate.validate(run.average, run.netD if gan else None, dataset, run.face_network,
+    discriminate = discriminator_at_work(run, device) if gan else None
+    rows = evaluate.validate(run.average, discriminate, dataset, run.face_network,
                              run.known_embeddings, args.valid_batch, device, mine).cpu()
     if world > 1:
         parts = [None] * world
@@ -519,7 +553,9 @@ def validate_epoch(run, args, gan, dataset, device, rank, world):
 
 def epoch_row(run, args, progress, validation):
     """One row of train_results.csv: the report's columns, then the terms and the state of D."""
-    means = dict(zip(LOGGED, progress["history"].double().nanmean(0).tolist()))
+    history = progress["history"].double()
+    history[history.isinf()] = math.nan  # the ratio of a step that a GradScaler passed over
+    means = dict(zip(LOGGED, history.nanmean(0).tolist()))
     weighted = (("pixel", 1), ("content", run.loss.alpha), ("adversarial", run.loss.beta),
                 ("identity", run.loss.gamma))
     loss_g = sum(weight * means[name] for name, weight in weighted if means[name] == means[name])
@@ -541,10 +577,11 @@ def epoch_row(run, args, progress, validation):
 
 def dead_discriminator(row, args):
     """A warning when D could not tell real from generated for a whole epoch, else None."""
-    gap = abs(row["Score_D"] - row["Score_G"])
+    gap = row["Score_D"] - row["Score_G"]
     if gap < 0.01 or row["Gradient_ratio"] < 1e-4:
         advice = ["--no-separate_d"] * args.separate_d
         advice += ["--gan_loss bce"] * (args.gan_loss != "bce")
+        advice += ["--momentum_d 0.5"] * (args.momentum_d > 0.5)
         advice += ["a higher --lr_d", "a larger --beta", "more steps: a larger --num_epochs"]
         return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
                 f"{gap:.4f} and its gradient at SR {row['Gradient_ratio']:.1e} of the pixel "
@@ -578,21 +615,22 @@ def open_folder(args):
     if holds_run and not args.overwrite:
         raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
                          f"{folder}), choose another --out_dir, or replace it (--overwrite)")
-    if args.overwrite:
-        (folder / "last.pt").unlink(missing_ok=True)
-    else:
-        # what a generator that was trained or shipped here left, if this run would write it
-        saved = {*range(args.save_every, args.num_epochs + 1, args.save_every), args.num_epochs}
-        names = ["train_results.csv", "config.json"] + [
-            f"net{which}_epoch_{args.upscale_factor}_{epoch}.pth" for epoch in sorted(saved)
-            for which in "GD"]
-        for name in names:
-            if (folder / name).exists():
-                kept = f"previous_{name}"
-                while (folder / kept).exists():
-                    kept = f"previous_{kept}"
-                os.replace(folder / name, folder / kept)
-                say(f"{folder / name} kept as {kept}")
+    generators = sorted(folder.glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth"))
+    if args.start and Path(args.start) in generators:
+        raise InputError(f"--start {args.start} lies in --out_dir, where a new run sets the files "
+                         "of older ones aside; choose another --out_dir")
+    if holds_run:
+        for path in (folder / "last.pt", *generators):
+            path.unlink()
+        return None
+    # what a generator that was trained or shipped here left: not to be taken for this run's
+    for path in (folder / "train_results.csv", folder / "config.json", *generators):
+        if path.exists():
+            kept = f"previous_{path.name}"
+            while (folder / kept).exists():
+                kept = f"previous_{kept}"
+            os.replace(path, folder / kept)
+            say(f"{path} kept as {kept}")
     return None
 
 
@@ -676,8 +714,9 @@ def train(args):
                 check_weights(run, progress)
             save()
         if stop:
+            with_what = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
             say(f"stopped at epoch {progress['epoch']}, step {progress['step']}; go on with:\n"
-                f"  python train_identity.py --resume --out_dir {folder}")
+                f"  {with_what} train_identity.py --resume --out_dir {folder}")
             if world > 1:
                 dist.destroy_process_group()
             sys.exit(128 + int(stop))
@@ -704,7 +743,7 @@ def train(args):
         if rank == 0:
             say(summary_line(row, args))
             warning = dead_discriminator(row, args)
-            if warning:
+            if warning and not any(dead_discriminator(r, args) for r in progress["rows"][-2:-1]):
                 say(warning)
             write_epoch(run, args, folder, progress["rows"], config, epoch, last, validation,
                         valid_set, device)
@@ -836,16 +875,16 @@ def parse(argv=None):
     add("--demo", action="store_true",
         help="a two-minute run on synthetic portraits with random frozen networks")
 
+    weights = {name: dict(zip(("alpha", "beta", "gamma"), PRESETS[name])) for name in PRESETS}
+    parser.set_defaults(**RECIPES["ours"], **weights["identity"])
     first, _ = parser.parse_known_args(argv)
     stored = {}
     if first.config:
         stored = read_flags(first.config)
     if first.resume:
         stored = checkpoints.read_run(first.out_dir)["progress"]["flags"]
-    weights = {name: dict(zip(("alpha", "beta", "gamma"), PRESETS[name])) for name in PRESETS}
-    for defaults in (RECIPES["ours"], weights["identity"], stored,  # a name that is given wins
-                     RECIPES.get(first.recipe, {}), weights.get(first.preset, {})):
-        parser.set_defaults(**defaults)
+    for defaults in (stored, RECIPES.get(first.recipe, {}), weights.get(first.preset, {})):
+        parser.set_defaults(**defaults)  # a recipe or preset that is given wins over a stored run
     args = parser.parse_args(argv)
     for name, limit in LIMITS.items():
         if not 0 <= getattr(args, name) < limit:

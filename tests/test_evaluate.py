@@ -238,8 +238,8 @@ def test_measuring_in_batches_is_measuring_one_by_one(frames):
 
     known = {}
     for _ in range(2):  # what training logs, with HR's embeddings new and then known
-        rows = evaluate.validate(netG.train(), netD.train(), frames, embedders["cosine"], known, 3,
-                                 CPU, range(5)).numpy()
+        rows = evaluate.validate(netG.train(), lambda hr, sr: (netD(hr), netD(sr)), frames,
+                                 embedders["cosine"], known, 3, CPU, range(5)).numpy()
         assert sorted(known) == rows[:, 5].tolist() == [0, 1, 2, 3, 4]
         np.testing.assert_allclose(rows[:, :3], batched[batched["model"] == "net"][
             ["psnr_y", "ssim", "cosine"]], rtol=1e-4)

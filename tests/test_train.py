@@ -217,9 +217,31 @@ def test_dead_discriminator_is_announced():
     assert "--gan_loss bce" in warning and "--no-separate_d" in warning
     ours = train_identity.dead_discriminator(row | {"Gradient_ratio": 1e-5},
                                              train_identity.parse([]))
-    assert "bce" not in ours and "--lr_d" in ours  # nothing that is already done
+    assert "--momentum_d 0.5" in warning and "--lr_d" in ours
+    assert "bce" not in ours and "momentum" not in ours  # nothing that is already done
+    upside_down = row | {"Score_D": 0.4, "Score_G": 0.5}
+    assert "-0.1000" in train_identity.dead_discriminator(upside_down, report)
     pixel = row | {"Score_D": math.nan, "Score_G": math.nan, "Gradient_ratio": math.nan}
     assert train_identity.dead_discriminator(pixel, report) is None
+
+
+def test_a_warning_comes_once(faces, tmp_path, capsys):
+    """Without weight the adversarial gradient is none of the pixel gradient in both GAN epochs."""
+    train_identity.main(flags(faces, tmp_path, "--pretrain_epochs", "0", "--beta", "0"))
+    assert capsys.readouterr().out.count("the discriminator is dead") == 1
+
+
+@pytest.mark.parametrize("separate", ["--separate_d", "--no-separate_d"])
+def test_validation_asks_the_discriminator_as_training_does(separate):
+    run, _, _ = small_run(separate)
+    hr, sr = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    before, logged = deepcopy(run.netD.state_dict()), {}
+    with torch.no_grad():
+        real, fake = train_identity.discriminator_at_work(run, torch.device("cpu"))(hr, sr)
+    assert_same_bits(run.netD.state_dict(), before)
+    train_identity.play(run, sr.requires_grad_(), hr, logged, 1.0, 1.0)
+    torch.testing.assert_close(real.sigmoid().mean(), logged["score_d"])
+    torch.testing.assert_close(fake.sigmoid().mean(), logged["score_g"])
 
 
 @pytest.mark.parametrize("more, told_apart", [((), True), (("--separate_d",), False)])
@@ -310,6 +332,23 @@ def test_an_overflow_in_fp16_is_the_scalers_business():
         train_identity.check_finite(history, 1, scaled=True)
 
 
+def test_a_ratio_that_overflowed_is_left_out_of_the_epochs():
+    run, *_ = small_run()
+    history = torch.full((3, len(train_identity.LOGGED)), 0.5)
+    history[1, -1] = math.inf
+    row = train_identity.epoch_row(run, train_identity.parse([]), {
+        "epoch": 80, "history": history, "seconds": 1.0}, None)
+    assert row["Gradient_ratio"] == 0.5
+
+
+def test_help_shows_the_defaults_that_are_used(capsys):
+    with pytest.raises(SystemExit):
+        train_identity.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "rate of the generator (default: 0.0004)" in text
+    assert "the identity loss (default: 0.6)" in text
+
+
 def test_names_that_are_given_win_over_stored_flags(finished):
     config = ["--config", str(finished / "config.json")]
     assert train_identity.parse(config).gamma == 0.6
@@ -367,6 +406,17 @@ def test_signal_during_validation(faces, finished, tmp_path, monkeypatch):
     assert stop.value.code == 143
     train_identity.main(["--resume", "--out_dir", str(tmp_path)])
     assert_same_bits(weights(tmp_path), weights(finished))
+
+
+def test_a_signal_to_the_loaders_processes_is_the_runs_business():
+    """torchrun signals all of its processes; a loader's that died of it would be an error."""
+    loader = torch.utils.data.DataLoader(range(200), num_workers=1, worker_init_fn=train_identity.
+                                         leave_signals_to_the_run)
+    batches = iter(loader)
+    seen = [next(batches).item()]
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGTERM)
+    time.sleep(0.1)
+    assert seen + [batch.item() for batch in batches] == list(range(200))
 
 
 def test_killed_at_twenty_random_moments(faces, finished, tmp_path):
@@ -444,15 +494,31 @@ def test_an_epoch_begins_anew_with_another_number_of_steps(faces, tmp_path, monk
 
 
 def test_what_lies_in_the_folder_is_set_aside(faces, tmp_path):
-    """The shipped run's files, twice: nothing that this run would write over is lost."""
+    """The shipped run's files, twice: nothing is lost, and none is taken for this run's."""
     for text in ("shipped", "broken off"):
-        for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_2_1.pth"):
+        for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_2_15.pth"):
             (tmp_path / name).write_text(text)
         train_identity.open_folder(train_identity.parse(flags(faces, tmp_path)))
-    for name in ("config.json", "netG_epoch_2_2.pth"):
+    for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_2_15.pth"):
+        assert not (tmp_path / name).exists()
         assert (tmp_path / f"previous_{name}").read_text() == "shipped"
         assert (tmp_path / f"previous_previous_{name}").read_text() == "broken off"
-    assert (tmp_path / "netG_epoch_2_1.pth").read_text() == "broken off"  # is not in the way
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(faces, tmp_path):
+    for name in ("last.pt", "netG_epoch_2_100.pth", "netG_epoch_8_15.pth"):
+        (tmp_path / name).write_text("old")
+    train_identity.open_folder(train_identity.parse([*flags(faces, tmp_path), "--overwrite"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["netG_epoch_8_15.pth"]  # another scale's
+
+
+def test_a_start_among_the_files_to_set_aside_is_refused(faces, tmp_path):
+    start = tmp_path / "netG_epoch_2_15.pth"
+    start.write_text("kept")
+    with pytest.raises(InputError, match="--out_dir"):
+        train_identity.open_folder(train_identity.parse(
+            [*flags(faces, tmp_path), "--start", str(start)]))
+    assert start.read_text() == "kept"
 
 
 def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch):
