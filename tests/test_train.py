@@ -247,7 +247,7 @@ def test_validation_asks_the_discriminator_as_training_does(separate):
 @pytest.mark.parametrize("more, told_apart", [((), True), (("--separate_d",), False)])
 def test_mixed_passes_let_the_discriminator_learn(more, told_apart):
     """Blurred against sharp noise: BatchNorm of each kind by itself hides what tells them apart."""
-    run, _, _ = small_run("--crop_size", "64", *more)
+    run, _, _ = small_run("--crop_size", "64", "--lr_d", "1e-4", *more)
     generator = torch.Generator().manual_seed(6)
     for _ in range(4):
         hr = torch.rand(8, 3, 32, 32, generator=generator)
