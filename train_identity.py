@@ -515,22 +515,20 @@ def check_weights(run, progress):
 
 
 def discriminator_at_work(run, device):
-    """function (hr, sr) -> (logits of HR, of SR), with D as its own steps see the images.
+    """function (hr, sr) -> [logits of HR, of SR], with D as its own steps see the images.
 
     That is in passes with the batch's statistics: BatchNorm's running ones lag behind, and with
-    them a D that tells every pair apart may call all images real. A copy, so that looking changes
-    nothing; a plain one, since ranks with unequal numbers of batches must not wait for each other.
+    them a D that tells most pairs apart may call all images the same. A copy, so that looking
+    changes nothing; a plain one, since ranks with unequal numbers of batches must not wait for
+    each other.
     """
     netD = Discriminator().to(device, memory_format=torch.channels_last).train()
     netD.load_state_dict(run.netD.state_dict())
 
     def discriminate(hr, sr):
-        real_logits, fake_logits = [], []
-        for real, fake in passes(run.separate_d, hr, sr):
-            logits = netD(torch.cat([real, fake])).float()
-            real_logits.append(logits[:len(real)])
-            fake_logits.append(logits[len(real):])
-        return torch.cat(real_logits), torch.cat(fake_logits)
+        logits = [netD(torch.cat([real, fake])).float().split([len(real), len(fake)])
+                  for real, fake in passes(run.separate_d, hr, sr)]
+        return [torch.cat(kind) for kind in zip(*logits)]
 
     return discriminate
 
@@ -616,7 +614,7 @@ def open_folder(args):
         raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
                          f"{folder}), choose another --out_dir, or replace it (--overwrite)")
     generators = sorted(folder.glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth"))
-    if args.start and Path(args.start) in generators:
+    if args.start and Path(args.start).resolve() in [path.resolve() for path in generators]:
         raise InputError(f"--start {args.start} lies in --out_dir, where a new run sets the files "
                          "of older ones aside; choose another --out_dir")
     if holds_run:

@@ -512,12 +512,14 @@ def test_overwrite_leaves_nothing_of_the_old_run(faces, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["netG_epoch_8_15.pth"]  # another scale's
 
 
-def test_a_start_among_the_files_to_set_aside_is_refused(faces, tmp_path):
+def test_a_start_among_the_files_to_set_aside_is_refused(faces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     start = tmp_path / "netG_epoch_2_15.pth"
     start.write_text("kept")
-    with pytest.raises(InputError, match="--out_dir"):
-        train_identity.open_folder(train_identity.parse(
-            [*flags(faces, tmp_path), "--start", str(start)]))
+    for spelling in (str(start), start.name):
+        with pytest.raises(InputError, match="--out_dir"):
+            train_identity.open_folder(train_identity.parse(
+                [*flags(faces, tmp_path), "--start", spelling]))
     assert start.read_text() == "kept"
 
 
