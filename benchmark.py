@@ -155,16 +155,22 @@ def step_parts(run, lr, hr, targets):
     sr = run.netG(lr).detach()
     gradient = torch.rand_like(sr)
 
+    def generator():
+        with run.autocast():
+            image = run.ddpG(lr, run.recompute)
+        image.backward(gradient.to(image.dtype))
+
     def discriminator():
         train_identity.play(run, sr.clone().requires_grad_(), hr, {}, 1.0, 1.0)
 
     def only(alpha, gamma):
         kept = run.loss.alpha, run.loss.gamma
         run.loss.alpha, run.loss.gamma = kept[0] * alpha, kept[1] * gamma
-        run.loss.perceptual_gradient(sr, targets, run.chunk)
+        with run.autocast():
+            run.loss.perceptual_gradient(sr, targets, run.chunk)
         run.loss.alpha, run.loss.gamma = kept
 
-    return {"generator": lambda: run.netG(lr).backward(gradient), "discriminator": discriminator,
+    return {"generator": generator, "discriminator": discriminator,
             "content": lambda: only(1, 0), "identity": lambda: only(0, 1),
             "optimisers": lambda: train_identity.apply_updates(run, with_gan=True)}
 
@@ -237,9 +243,13 @@ def worker(role, flags, folder, pipe):
 
 
 def ask(pipe, question):
-    """The worker's answer to one question."""
-    pipe.send(question)
-    return pipe.recv()
+    """The worker's answer to one question. Raises InputError if it has died."""
+    try:
+        pipe.send(question)
+        return pipe.recv()
+    except (EOFError, OSError):
+        raise InputError("a process of the benchmark died, of what it said above or for want of "
+                         "memory: a smaller --batch_size takes less") from None
 
 
 def compare(project, reference, question, rounds, images):

@@ -205,7 +205,7 @@ def build(args, device, steps_per_epoch, world=1):
     run = SimpleNamespace()
     run.netG = Generator(args.upscale_factor, icnr=not args.no_icnr)
     run.netD = Discriminator()
-    if args.start:
+    if args.start and not args.resume:  # last.pt holds a resumed run's weights
         start = checkpoints.load_generator(args.start)
         if start.scale_factor != args.upscale_factor:
             raise InputError(f"{args.start}: is a {start.scale_factor}x generator; give "
@@ -306,8 +306,8 @@ def set_up_machine(args):
 def keep_freed_memory():
     """Tell glibc to reuse large blocks instead of giving them back to the kernel after each step.
 
-    Fresh pages cost a fault per 4 KiB: a fifth of the step's time (benchmark.py). Elsewhere than
-    on glibc this does nothing.
+    Fresh pages cost a fault per 4 KiB, and with them a fifth of the step's time. Elsewhere than on
+    glibc this does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -345,7 +345,7 @@ def file_digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def describe(args, run, train, valid, device, world):
+def describe(args, run, progress, train, valid, device, world):
     """config.json: what a reader needs to repeat the run."""
     def git(*command):
         try:
@@ -357,7 +357,7 @@ def describe(args, run, train, valid, device, world):
     status = git("status", "--porcelain", "--untracked-files=no")
     return {
         "flags": run_flags(args),
-        "start": file_digest(args.start) if args.start else None,
+        "start": progress.get("start"),
         "networks": {"vgg16": getattr(run.loss.vgg, "label", "not used"),
                      "inception_resnet_v1": run.face_network.label},
         "data": {"train": {"n": len(train), "hash": train.digest()},
@@ -370,7 +370,7 @@ def describe(args, run, train, valid, device, world):
                      "torchvision": torchvision.__version__, "numpy": np.__version__},
         "git": {"commit": git("rev-parse", "HEAD"),
                 "clean": status == "" if status is not None else None},
-        "wall_seconds": 0.0,
+        "wall_seconds": float(sum(row["Seconds"] for row in progress["rows"])),
     }
 
 
@@ -387,14 +387,19 @@ def say(message):
     sys.stdout.flush()
 
 
-def catch_signals():
-    """List that SIGINT and SIGTERM append to; a second signal stops the process at once."""
+def catch_signals(world):
+    """List that SIGINT and SIGTERM append to; a second signal stops a lone process at once.
+
+    One of several gets two from a scheduler, its own and torchrun's: it saves, and torchrun kills
+    it if that takes longer than half a minute.
+    """
     caught = []
 
     def note(number, _frame):
         caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        if world == 1:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_DFL)
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, note)
@@ -472,8 +477,11 @@ def train_epoch(run, args, dataset, progress, device, rank, world, between_steps
             part, targets = slice(start, start + size), None
             if perceptual:
                 keys = list(zip(indices[part], flipped[part].tolist()))
-                targets = (cached_targets(run.loss, run.known, keys, hr[part]) if keep_targets
-                           else run.loss.targets(hr[part]))
+                if keep_targets:
+                    targets = cached_targets(run.loss, run.known, keys, hr[part])
+                else:  # in each such step, so in the step's precision
+                    with run.autocast():
+                        targets = run.loss.targets(hr[part])
             share = len(lr[part]) / len(indices)
             rows.append(share * train_step(run, lr[part], hr[part], targets, gan, perceptual, lazy,
                                            share))
@@ -589,7 +597,10 @@ def dead_discriminator(row, args):
 
 def summary_line(row, args):
     """One epoch in one line."""
-    left = (args.num_epochs - row["Epoch"]) * row["Seconds"]
+    left = args.num_epochs - row["Epoch"]
+    if row["Phase"] == "pixel":  # a step with every term takes eight times as long (benchmark.py)
+        left += 7 / args.lazy * max(0, args.num_epochs - args.pretrain_epochs)
+    left *= row["Seconds"]
     line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): "
             f"PSNR-Y {row['PSNR']:.2f} dB, SSIM {row['SSIM']:.4f}, cosine {row['Cosine']:.4f}, "
             f"pixel {row['Pixel']:.5f}")
@@ -606,19 +617,19 @@ def open_folder(args):
     """
     folder = Path(args.out_dir)
     holds_run = (folder / "last.pt").exists()
+    if holds_run and not (args.resume or args.overwrite):
+        raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
+                         f"{folder}), choose another --out_dir, or replace it (--overwrite)")
     for leftover in folder.glob(".*.tmp*"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)
     if args.resume:
         return checkpoints.read_run(folder)
-    if holds_run and not args.overwrite:
-        raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
-                         f"{folder}), choose another --out_dir, or replace it (--overwrite)")
     generators = sorted(folder.glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth"))
     if args.start and Path(args.start).resolve() in [path.resolve() for path in generators]:
         raise InputError(f"--start {args.start} lies in --out_dir, where a new run sets the files "
                          "of older ones aside; choose another --out_dir")
     if holds_run:
-        for path in (folder / "last.pt", *generators):
+        for path in (folder / "last.pt", *generators, *folder.glob("samples/epoch_*.png")):
             path.unlink()
         return None
     # what a generator that was trained or shipped here left: not to be taken for this run's
@@ -662,20 +673,26 @@ def train(args):
         parts["average"] = run.average
     progress = {"epoch": 1, "step": 0, "updates": 0, "history": None, "rows": [], "seconds": 0.0,
                 "flags": run_flags(args),
+                "start": file_digest(args.start) if args.start and not args.resume else None,
                 "data": {"train_dir": train_set.digest(), "valid_dir": valid_set.digest()}}
     if state:
         refuse_changes(args, state["progress"], train_set, valid_set)
         checkpoints.restore_run(state, parts, folder / "last.pt")
         set_optimizers(run, args)
-        progress = state["progress"] | {"flags": run_flags(args)}
+        progress = state["progress"] | {name: progress[name] for name in ("flags", "data")}
         run.updates = progress["updates"]
         if progress["history"] is not None and len(progress["history"]) != steps_per_epoch:
             say(f"another number of steps per epoch: epoch {progress['epoch']} begins anew")
             progress.update(step=0, history=None)
         if progress["history"] is not None:
             progress["history"] = progress["history"].to(device)
+        if progress["epoch"] > args.num_epochs:
+            say(f"{folder}: {progress['epoch'] - 1} epochs are done; a larger --num_epochs goes on")
+            if world > 1:
+                dist.destroy_process_group()
+            return
         say(f"resumed {folder} at epoch {progress['epoch']}, step {progress['step'] + 1}")
-    config = describe(args, run, train_set, valid_set, device, world)
+    config = describe(args, run, progress, train_set, valid_set, device, world)
     say(f"{len(train_set)} training and {len(valid_set)} validation images; {world} process(es) on "
         f"{config['device']}; VGG16: {config['networks']['vgg16']}, InceptionResnetV1: "
         f"{config['networks']['inception_resnet_v1']}")
@@ -684,7 +701,7 @@ def train(args):
         say(f"the pixel loss alone: --pretrain_epochs {args.pretrain_epochs} leaves no GAN epoch "
             f"of --num_epochs {args.num_epochs}")
 
-    caught = catch_signals()
+    caught = catch_signals(world)
     # processes stop together, and a GPU that waits for the others' answer stands still
     stop_every = 8 if device.type == "cuda" else 1
     clock = {"from": time.perf_counter(), "saved": time.perf_counter()}
@@ -712,7 +729,10 @@ def train(args):
                 check_weights(run, progress)
             save()
         if stop:
-            with_what = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            with_what = ("python" if world == 1 else
+                         f"torchrun --nproc_per_node={local}" if world == local else
+                         f"torchrun (on {world // local} machines, with the options as before)")
             say(f"stopped at epoch {progress['epoch']}, step {progress['step']}; go on with:\n"
                 f"  {with_what} train_identity.py --resume --out_dir {folder}")
             if world > 1:
@@ -817,11 +837,10 @@ def parse(argv=None):
 
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", choices=tuple(RECIPES),
-        help="sets the flags of this group; report: all as the report's published code (default: "
-             "ours)")
+        help="sets the flags of this group; report: all as the report's published code; None: ours")
     add("--num_epochs", type=positive, default=100, help="epochs in all")
     add("--pretrain_epochs", type=int,
-        help="the first of them with the pixel loss alone (default: three quarters)")
+        help="the first of them with the pixel loss alone; None: three quarters")
     add("--batch_size", type=positive, help="images per update, over all processes")
     add("--accumulate", type=positive, default=1,
         help="parts that a batch is computed in, to save memory")
@@ -846,7 +865,7 @@ def parse(argv=None):
 
     add = parser.add_argument_group("loss (L_pixel + alpha L_content + beta L_GAN + "
                                     "gamma L_identity)").add_argument
-    add("--preset", choices=tuple(PRESETS), help="the report's weightings (default: identity)")
+    add("--preset", choices=tuple(PRESETS), help="the report's weightings; None: identity")
     add("--alpha", type=float, help="weight of the content loss")
     add("--beta", type=float, help="weight of the adversarial loss")
     add("--gamma", type=float, help="weight of the identity loss")
@@ -858,7 +877,8 @@ def parse(argv=None):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of the networks' arithmetic; auto: fp32 on a CPU, bf16 (or fp16) on CUDA")
-    add("--compile", action="store_true", help="torch.compile both networks")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile both networks")
 
     add = parser.add_argument_group("run").add_argument
     add("--out_dir", default="epochs", help="folder of the run")

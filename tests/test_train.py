@@ -1,6 +1,7 @@
 """train_identity.py: the step, a whole run, and everything that may happen to a run."""
 
 import functools
+import hashlib
 import json
 import math
 import multiprocessing
@@ -110,6 +111,30 @@ def test_step_equals_the_straightforward_loop(more):
     for ours, theirs in ((fast.netG, plain.netG), (fast.netD, plain.netD)):
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n} {m}")
+
+
+def test_compiled_networks_take_the_same_step(monkeypatch):
+    """Both backwards through D's one pass included; with a backend that needs no C++ compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    runs = []
+    for more in ([], ["--compile"]):
+        run, lr, hr = small_run("--alpha", "0", "--gamma", "0", "--beta", "0.1", *more)
+        values = train_identity.train_step(run, lr, hr, None, True, False)
+        runs.append((run, values.nan_to_num(0)))
+    (plain, expected), (compiled, values) = runs
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+    for name in ("netG", "netD"):
+        ours, theirs = getattr(compiled, name), getattr(plain, name)
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_benchmark_whose_process_died_says_so():
+    pipe, end = multiprocessing.Pipe()
+    end.close()
+    with pytest.raises(InputError, match="--batch_size"):
+        benchmark.ask(pipe, "step")
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
@@ -459,9 +484,12 @@ def replayed(faces, tmp_path, state):
 
 def test_a_folder_that_holds_a_run_is_refused(faces, finished):
     before = (finished / "last.pt").read_bytes()
+    being_written = finished / ".last.1.tmp.pt"  # by the run that goes on in this folder
+    being_written.touch()
     with pytest.raises(InputError, match="--resume.*--out_dir.*--overwrite"):
         train_identity.main(flags(faces, finished))
     assert (finished / "last.pt").read_bytes() == before
+    being_written.unlink()
 
 
 def test_resume_with_other_flags_or_data_is_refused(faces, finished, tmp_path):
@@ -481,6 +509,54 @@ def test_overridden_learning_rates_are_used(faces, finished, tmp_path):
     assert pd.read_csv(tmp_path / "run" / "train_results.csv")["Learning_rate"].iloc[-1] == 1e-5
     group = checkpoints.read_run(tmp_path / "run")["parts"]["optimizerD"]["param_groups"][0]
     assert group["lr"] == 1e-6 and tuple(group["betas"]) == (0.2, 0.999)
+
+
+def test_a_run_given_other_photographs_goes_on_with_them(faces, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    train_identity.main(["--resume", "--resume_override", "--out_dir", str(run), "--train_dir",
+                         f"{faces}/valid", "--allow_overlap", "--num_epochs", "3"])
+    config = (run / "config.json").read_bytes()
+    train_identity.main(["--resume", "--out_dir", str(run)])  # not refused, and nothing to do
+    assert "3 epochs are done" in capsys.readouterr().out
+    assert (run / "config.json").read_bytes() == config
+
+
+def test_a_run_goes_on_without_the_generator_of_its_start(faces, tmp_path, finished, monkeypatch):
+    start = tmp_path / "start.pth"
+    shutil.copy(finished / "netG_epoch_2_2.pth", start)
+    digest = hashlib.sha256(start.read_bytes()).hexdigest()
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_identity.main(flags(faces, tmp_path / "run", "--start", str(start)))
+    start.unlink()
+    train_identity.main(["--resume", "--out_dir", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["start"] == digest
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_second_signal_stops_a_lone_process_only(world):
+    """A scheduler and torchrun each send one: rank 0 must not die while it saves."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        caught = train_identity.catch_signals(world)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        assert (signal.getsignal(signal.SIGTERM) is signal.SIG_DFL) == (world == 1)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_time_left_counts_what_the_gan_epochs_will_cost():
+    """5 more pixel epochs of a minute and 4 with every term in every fourth step: 5 + 4 x 2.75."""
+    args = train_identity.parse(["--num_epochs", "10", "--pretrain_epochs", "6"])
+    row = dict.fromkeys(("PSNR", "SSIM", "Cosine", "Pixel"), 0.5)
+    row |= {"Epoch": 1, "Phase": "pixel", "Seconds": 60.0}
+    assert train_identity.summary_line(row, args).endswith("about 16 min left")
+    args = train_identity.parse(["--num_epochs", "10", "--pretrain_epochs", "10"])
+    assert train_identity.summary_line(row, args).endswith("about 9 min left")
 
 
 def test_an_epoch_begins_anew_with_another_number_of_steps(faces, tmp_path, monkeypatch):
@@ -506,10 +582,11 @@ def test_what_lies_in_the_folder_is_set_aside(faces, tmp_path):
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(faces, tmp_path):
-    for name in ("last.pt", "netG_epoch_2_100.pth", "netG_epoch_8_15.pth"):
+    (tmp_path / "samples").mkdir()
+    for name in ("last.pt", "netG_epoch_2_100.pth", "netG_epoch_8_15.pth", "samples/epoch_100.png"):
         (tmp_path / name).write_text("old")
     train_identity.open_folder(train_identity.parse([*flags(faces, tmp_path), "--overwrite"]))
-    assert [path.name for path in tmp_path.iterdir()] == ["netG_epoch_8_15.pth"]  # another scale's
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["netG_epoch_8_15.pth"]  # another scale
 
 
 def test_a_start_among_the_files_to_set_aside_is_refused(faces, tmp_path, monkeypatch):
