@@ -288,10 +288,12 @@ def benchmark(args):
                   "threads": torch.get_num_threads()}
         # the first call of each warms up: primitives are chosen, targets computed and kept
         compare(project, reference, "step", 1, args.batch_size)
-        rates = [ask(project, "convolution")]
-        ours["train"], theirs["train"], result["speedup"] = compare(
-            project, reference, "step", args.rounds, args.batch_size)
-        rates.append(ask(project, "convolution"))
+        rounds, rates = [], [ask(project, "convolution")]
+        for _ in range(args.rounds):
+            rounds.append(compare(project, reference, "step", 1, args.batch_size))
+            rates.append(ask(project, "convolution"))
+        ours["train"], theirs["train"], result["speedup"] = (
+            statistics.median(column) for column in zip(*rounds))
         result["memory_gib"], result["reference_memory_gib"] = (
             ask(pipe, "memory") for pipe in (project, reference))
         for name, question, images in (("pixel", "pixel step", args.batch_size),
@@ -301,10 +303,8 @@ def benchmark(args):
                 project, reference, question, args.rounds, images)
         seconds = statistics.median(ask(project, "data loading") for _ in range(args.rounds))
         result["data_images_per_second"] = args.valid_images / seconds
-        ask(project, "parts")
         parts = [ask(project, "parts") for _ in range(2)]
         flop = ask(project, "flop")
-        rates.append(ask(project, "convolution"))
         for pipe in pipes.values():
             pipe.send(None)
         for process in processes:
