@@ -350,6 +350,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    train_identity.keep_freed_memory()
     args = parse(argv)
     again = shlex.join(["python", "ablation.py", *(sys.argv[1:] if argv is None else argv)])
     # what could be refused after hours of training is loaded before

@@ -178,6 +178,7 @@ def step_parts(run, lr, hr, targets):
 def worker(role, flags, folder, pipe):
     """Answer the parent's requests with seconds (or other figures) until it sends None."""
     if role == "project":
+        train_identity.keep_freed_memory()
         device, _, _ = train_identity.set_up_machine(flags)
     else:
         device = torch.device("cuda" if flags.device == "cuda" else "cpu")

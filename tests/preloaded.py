@@ -1,14 +1,11 @@
-"""What the killed processes of test_train.py start from: the imports and one face network.
+"""What the killed processes of test_train.py start from: the imports, a tiny face network.
 
-A fork server imports this once; building the network anew takes longer than a tiny run, and so
-does drawing its curves.
+A fork server imports this once; drawing the curves takes longer than a tiny run.
 """
-
-import functools
 
 import figures
 import train_identity
+from tests.conftest import TinyFaces
 
 figures.save_curves = lambda table, path: None
-train_identity.load_face_network = functools.cache(train_identity.load_face_network)
-train_identity.load_face_network("random")
+train_identity.load_face_network = lambda weights: TinyFaces()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import TinyFaces
 from PIL import Image
 from torch import nn
 
@@ -23,20 +24,6 @@ from model import Generator
 
 NAMES = ["baseline", "visual", "identity", "gamma_30"]
 RUNS = [f"{name}_seed{seed}" for seed in (1, 2) for name in NAMES]
-
-
-class TinyFaces(nn.Module):
-    """A face network of no account that takes no time: (N, 3, 160, 160) -> (N, 24)."""
-
-    label = "tiny"
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mix", torch.randn(24, 75, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, faces):
-        pooled = nn.functional.adaptive_avg_pool2d(faces, 5).flatten(1)
-        return nn.functional.normalize(pooled @ self.mix.T)
 
 
 def tiny_vgg(_):

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import shutil
 import signal
@@ -17,7 +18,7 @@ from copy import deepcopy
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TinyFaces
 
 import benchmark
 import checkpoints
@@ -30,7 +31,7 @@ REPORT_COLUMNS = "Epoch,Loss_D,Loss_G,Score_D,Score_G,PSNR,SSIM,Cosine"
 
 
 def flags(faces, out_dir, *more):
-    """A run of a few seconds: 16 px, 2x, no VGG (alpha 0), a random face network."""
+    """A run of a second: 16 px, 2x, no VGG (alpha 0)."""
     return ["--train_dir", f"{faces}/train", "--valid_dir", f"{faces}/valid", "--crop_size", "16",
             "--upscale_factor", "2", "--batch_size", "2", "--num_epochs", "2", "--lazy", "2",
             "--alpha", "0", "--face_weights", "random", "--device", "cpu", "--out_dir",
@@ -48,11 +49,10 @@ def assert_same_bits(a, b):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def what_takes_long_once():
-    """Building a frozen network and drawing curves each take longer than a tiny run."""
+def without_what_takes_long():
+    """The face network and drawing curves each take longer than a tiny run; see `small_run`."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_vgg", "load_face_network"):
-            patch.setattr(train_identity, name, functools.cache(getattr(train_identity, name)))
+        patch.setattr(train_identity, "load_face_network", lambda weights: TinyFaces())
         patch.setattr(figures, "save_curves", lambda table, path: None)
         yield
 
@@ -71,11 +71,19 @@ def finished(faces, tmp_path_factory):
 # The step
 
 
+load_vgg, load_face_network = (functools.cache(load) for load in (
+    train_identity.load_vgg, train_identity.load_face_network))
+
+
 def small_run(*more):
+    """(run, LR, HR): four images of 32 px, 8x, with both frozen networks (random weights)."""
     args = train_identity.parse(
         ["--crop_size", "32", "--batch_size", "4", "--vgg_weights", "random", "--face_weights",
          "random", "--device", "cpu", "--gamma", "3", *more])
-    run = train_identity.build(args, torch.device("cpu"), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_identity, "load_vgg", load_vgg)
+        patch.setattr(train_identity, "load_face_network", load_face_network)
+        run = train_identity.build(args, torch.device("cpu"), 1)
     run.netG.train()
     run.netD.train()
     generator = torch.Generator().manual_seed(5)
@@ -128,6 +136,21 @@ def test_compiled_networks_take_the_same_step(monkeypatch):
         assert ours.state_dict().keys() == theirs.state_dict().keys()
         for a, b in zip(ours.parameters(), theirs.parameters()):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is managed otherwise")
+def test_freed_memory_is_kept_until_it_is_given_back():
+    def resident():  # MiB
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+
+    train_identity.keep_freed_memory()
+    block = torch.ones(2 ** 26)  # 256 MiB
+    full = resident()
+    del block
+    assert resident() > full - 20
+    train_identity.give_back_freed_memory()
+    assert resident() < full - 200
 
 
 def test_a_benchmark_whose_process_died_says_so():
@@ -215,7 +238,7 @@ def test_run_writes_every_promised_file(finished):
     assert 0 < gan["Score_D"] < 1 and 0 < gan["Score_G"] < 1 and 0 <= gan["D_accuracy"] <= 1
     assert gan["Gradient_ratio"] > 0 and (table["Seconds"] > 0).all()
     config = json.loads((finished / "config.json").read_text())
-    assert config["networks"]["inception_resnet_v1"] == "random"
+    assert config["networks"]["inception_resnet_v1"] == "tiny"
     assert config["data"]["train"]["n"] == 6 and config["flags"]["crop_size"] == 16
     assert checkpoints.load_generator(finished / "netG_epoch_2_2.pth").scale_factor == 2
     checkpoints.load_discriminator(finished / "netD_epoch_2_2.pth")
@@ -651,7 +674,7 @@ def torchrun(*argv):
             "--master_port", str(random.randint(20000, 40000)), ROOT / "train_identity.py", *argv]
 
 
-def test_two_processes_learn_what_one_learns(faces, tmp_path):
+def test_two_processes_learn_what_one_learns(faces, tmp_path, monkeypatch):
     """With one photograph throughout, BatchNorm sees the same statistics on both ranks."""
     picture = (faces / "train" / "0.png").read_bytes()
     (tmp_path / "train").mkdir()
@@ -660,6 +683,7 @@ def test_two_processes_learn_what_one_learns(faces, tmp_path):
     (tmp_path / "valid").symlink_to(faces / "valid")
     one, two = (flags(tmp_path, tmp_path / name, "--no_flip", "--save_every", "1", "--batch_size",
                       "4", "--num_epochs", "2", "--lazy", "1") for name in ("one", "two"))
+    monkeypatch.setattr(train_identity, "load_face_network", load_face_network)  # as the two do
     train_identity.main(one)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(torchrun(*two), check=True, env=environment, timeout=120)
