@@ -667,6 +667,9 @@ def refuse_changes(args, progress, train, valid):
     then, now = progress["flags"], run_flags(args)
     changed = [f"--{name} {then.get(name)} -> {value}" for name, value in now.items()
                if name not in FREE_ON_RESUME and then.get(name) != value]
+    if then.get("start") != now["start"]:
+        raise InputError(f"--start {now['start']}: a run that goes on has its weights; leave that "
+                         "flag out, or begin a new run in another --out_dir")
     for name, data in (("train_dir", train), ("valid_dir", valid)):
         if progress["data"][name] != data.digest():
             changed.append(f"the photographs in --{name} {getattr(args, name)}")

@@ -524,6 +524,12 @@ def test_resume_with_other_flags_or_data_is_refused(faces, finished, tmp_path):
         train_identity.main(["--resume", "--out_dir", str(tmp_path)])
 
 
+def test_another_start_is_refused_where_it_would_do_nothing(finished):
+    with pytest.raises(InputError, match="--start other.pth: .*begin a new run"):
+        train_identity.main(["--resume", "--resume_override", "--out_dir", str(finished),
+                             "--start", "other.pth"])
+
+
 def test_overridden_learning_rates_are_used(faces, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     train_identity.main(["--resume", "--resume_override", "--out_dir", str(tmp_path / "run"),
