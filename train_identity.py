@@ -549,7 +549,9 @@ def discriminator_at_work(run, device):
     changes nothing; a plain one, since ranks with unequal numbers of batches must not wait for
     each other.
     """
-    netD = Discriminator().to(device, memory_format=torch.channels_last).train()
+    with torch.device("meta"):  # no start values to be drawn and thrown away
+        netD = Discriminator()
+    netD.to_empty(device=device).to(memory_format=torch.channels_last).train()
     netD.load_state_dict(run.netD.state_dict())
 
     def discriminate(hr, sr):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from model import (
     Discriminator,
     Generator,
+    PReLU,
     SubPixelConv2d,
     UpsampleBlock,
     probability,
@@ -97,6 +98,34 @@ def test_sub_pixel_convolution_is_the_convolution_after_the_shuffle():
     for ours, theirs in zip(torch.autograd.grad(actual, inputs, upstream),
                             torch.autograd.grad(expected, inputs, upstream)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("slope", [0.25, -0.5, 1.5])
+def test_the_activation_is_a_prelu(slope):
+    """Against the definition: x where it is positive, else slope times x; by hand, in double."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    x[0, 0, 0, 0] = 0
+    x.requires_grad_()
+    upstream = torch.randn_like(x)
+    activation = PReLU().double()
+    with torch.no_grad():
+        activation.weight.fill_(slope)
+    y = activation(x)
+    of_x, of_slope = torch.autograd.grad(y, (x, activation.weight), upstream)
+    negative = (x <= 0).detach()
+    torch.testing.assert_close(y, torch.where(negative, slope * x, x))
+    torch.testing.assert_close(of_x, torch.where(negative, slope * upstream, upstream))
+    torch.testing.assert_close(of_slope, (upstream * x)[negative].sum().detach()[None])
+
+
+def test_the_activation_keeps_the_precision_of_autocast():
+    activation = PReLU()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = activation(torch.full((1, 2, 4, 4), -1.0).bfloat16().requires_grad_())
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and activation.weight.grad.dtype == torch.float32
+    assert activation.weight.grad.item() == -32
 
 
 def test_the_activation_commutes_with_the_shuffle():
