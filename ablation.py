@@ -22,7 +22,7 @@ import checkpoints
 import evaluate
 import figures
 import train_identity
-from data_utils import InputError, run_script
+from data_utils import InputError, not_negative, positive, run_script
 from loss_identity import PRESETS
 
 HANDED_ON = ("train_dir", "valid_dir", "crop_size", "upscale_factor", "batch_size", "lr", "lazy",
@@ -313,31 +313,31 @@ def parse(argv=None):
                     "batches, and compare them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="example: python ablation.py --gamma 3 10 --seeds 0 1 2 --judge casia-webface")
-    whole, theirs = train_identity.positive, train_identity.parse([])
+    theirs = train_identity.parse([])
     add = parser.add_argument_group("what").add_argument
     add("--gamma", nargs="+", type=float, default=[],
         help="further identity weights, with alpha and beta of the identity preset")
-    add("--seeds", nargs="+", type=int, default=[0, 1], help="seeds of each configuration")
+    add("--seeds", nargs="+", type=not_negative, default=[0, 1], help="seeds of each configuration")
     add("--start", help="warm start, a generator checkpoint; without it, one is trained")
-    add("--warm_epochs", type=whole, default=50,
+    add("--warm_epochs", type=positive, default=50,
         help="epochs of that one, with the pixel loss alone")
-    add("--epochs", type=whole, default=50, help="epochs of each run from there")
+    add("--epochs", type=positive, default=50, help="epochs of each run from there")
     add = parser.add_argument_group("training, as train_identity.py has them").add_argument
     add("--train_dir", default=theirs.train_dir, help="folder of training photographs")
     add("--valid_dir", default=theirs.valid_dir, help="folder of validation photographs")
-    add("--crop_size", type=whole, default=theirs.crop_size, help="HR size in px")
+    add("--crop_size", type=positive, default=theirs.crop_size, help="HR size in px")
     add("--upscale_factor", type=int, choices=(2, 4, 8), default=theirs.upscale_factor,
         help="HR size / LR size")
-    add("--batch_size", type=whole, default=theirs.batch_size, help="images per update")
+    add("--batch_size", type=positive, default=theirs.batch_size, help="images per update")
     add("--lr", type=float, default=theirs.lr, help="Adam's learning rate of the generator")
-    add("--lazy", type=whole, default=theirs.lazy,
+    add("--lazy", type=positive, default=theirs.lazy,
         help="adversarial and perceptual terms every k-th step, at k times the weight")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--vgg_weights", default=theirs.vgg_weights, help="imagenet, random, or a path")
     add("--face_weights", default=theirs.face_weights,
         help="vggface2, casia-webface, random, or a path")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--last_k", type=whole, default=10, help="epochs to average at the end of each run")
+    add("--last_k", type=positive, default=10, help="epochs to average at the end of each run")
     add("--judge", action="append", default=[], metavar="NAME|PATH",
         help="a face network that training never saw, as in evaluate.py; may be repeated")
     add = parser.add_argument_group("where").add_argument
@@ -357,6 +357,8 @@ def main(argv=None):
     embedders, labels = evaluate.load_embedders(args.face_weights, args.judge)
     handed_on = [text for name in HANDED_ON for text in (f"--{name}", str(getattr(args, name)))]
     settings = train_identity.parse(handed_on)
+    for flags in configurations(args.gamma).values():
+        train_identity.parse([*handed_on, *flags])
     train_set, valid_set = train_identity.load_data(settings)
     data = {name: {"n": len(photographs), "hash": photographs.digest()}
             for name, photographs in (("train", train_set), ("valid", valid_set))}

@@ -31,6 +31,7 @@ from data_utils import (
     InputError,
     TrainDatasetFromFolder,
     ValidDatasetFromFolder,
+    positive,
     run_script,
     synthetic_portraits,
     to_image,
@@ -59,7 +60,7 @@ def reference_step(run, lr, hr):
     else:
         halves = [run.netD(torch.cat(pair)).chunk(2) for pair in zip(hr.chunk(2), sr.chunk(2))]
         real_logits, fake_logits = (torch.cat(logits) for logits in zip(*halves))
-    loss_d = (real_loss(run.loss.gan_loss, real_logits, run.smoothing)
+    loss_d = (real_loss(run.loss.gan_loss, real_logits)
               + fake_loss(run.loss.gan_loss, fake_logits))
     run.netD.zero_grad()
     loss_d.backward(retain_graph=True)
@@ -352,10 +353,10 @@ def main(argv=None):
         description="Times training, validation and data loading, against a reference loop.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="example: python benchmark.py --json bench.json")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per step")
+    parser.add_argument("--batch_size", type=positive, default=32, help="images per step")
     parser.add_argument("--crop_size", type=int, default=128, help="HR size in px")
-    parser.add_argument("--rounds", type=int, default=2, help="times that the two take turns")
-    parser.add_argument("--valid_images", type=int, default=20, help="images of a validation")
+    parser.add_argument("--rounds", type=positive, default=2, help="times that the two take turns")
+    parser.add_argument("--valid_images", type=positive, default=20, help="images of a validation")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -363,6 +364,8 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA here; use --device cpu")
     if args.crop_size < 32 or args.crop_size % 8:
         raise InputError(f"--crop_size {args.crop_size}: must be a multiple of 8, 32 or more")
     result = benchmark(args)

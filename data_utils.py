@@ -4,6 +4,7 @@ A photograph is brought to 256 px on its shorter side, cropped to `crop_size` (1
 bicubically by `upscale_factor` (8); both pictures are rounded to 8 bit, as real files are.
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -48,6 +49,20 @@ def run_script(main):
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def positive(text):
+    """argparse type: a whole number from 1 up."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
+def not_negative(text):
+    """argparse type: a whole number from 0 up."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------

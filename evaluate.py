@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 import checkpoints
 import figures
-from data_utils import VALID_DIR, InputError, ValidDatasetFromFolder, run_script, to_image
+from data_utils import (
+    VALID_DIR,
+    InputError,
+    ValidDatasetFromFolder,
+    not_negative,
+    positive,
+    run_script,
+    to_image,
+)
 from loss_identity import embed, load_face_network
 
 RESAMPLES = 10_000
@@ -354,10 +362,10 @@ def parse(argv=None):
     add("--judge", action="append", default=[], metavar="NAME|PATH",
         help="a further face network: casia-webface, or a TorchScript or torch.export file; may "
              "be repeated")
-    add("--batch_size", type=int, default=20, help="images per batch")
+    add("--batch_size", type=positive, default=20, help="images per batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--cache_gb", type=float, default=4.0, help="GiB of decoded pictures to hold in memory")
-    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--seed", type=not_negative, default=0, help="of the bootstrap")
     add("--out_dir", default="results", help="folder of the tables and the picture")
     return parser.parse_args(argv)
 

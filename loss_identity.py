@@ -68,16 +68,14 @@ def adversarial_loss(kind, fake_logits):
     return F.softplus(-fake).mean() if kind == "bce" else (1 - torch.sigmoid(fake)).mean()
 
 
-def real_loss(kind, real_logits, smoothing=0.0):
+def real_loss(kind, real_logits):
     """The discriminator's loss on real images; logits (N,) of D(x) -> scalar.
 
-    bce: cross-entropy with the target 1 - smoothing (one-sided, Salimans et al. 2016). linear:
-    1 - D(x), the report's published code. Its whole loss is this plus `fake_loss`.
+    bce: -log D(x). linear: 1 - D(x), the report's published code. Its whole loss is this plus
+    `fake_loss`.
     """
     real = real_logits.float()
-    if kind == "bce":
-        return F.binary_cross_entropy_with_logits(real, torch.full_like(real, 1 - smoothing))
-    return 1 - torch.sigmoid(real).mean()
+    return F.softplus(-real).mean() if kind == "bce" else (1 - torch.sigmoid(real)).mean()
 
 
 def fake_loss(kind, fake_logits):

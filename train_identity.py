@@ -40,6 +40,8 @@ from data_utils import (
     InputError,
     TrainDatasetFromFolder,
     ValidDatasetFromFolder,
+    not_negative,
+    positive,
     refuse_overlap,
     run_script,
     synthetic_portraits,
@@ -63,18 +65,18 @@ LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "s
 # The default recipe against the report's: each departure has a flag, --recipe report sets all.
 RECIPES = {
     "ours": dict(batch_size=16, lr=4e-4, lr_d=2.5e-5, momentum_d=0.5, schedule="cosine",
-                 pretrain_epochs=None, gan_loss="bce", label_smoothing=0.1, separate_d=False,
-                 ema=0.999, lazy=4, no_flip=False, no_icnr=False, no_notch=False),
+                 pretrain_epochs=None, gan_loss="bce", separate_d=False, ema=0.999,
+                 lazy=4, no_flip=False, no_icnr=False, no_notch=False),
     "report": dict(batch_size=32, lr=1e-4, lr_d=1e-4, momentum_d=0.9, schedule="constant",
-                   pretrain_epochs=0, gan_loss="linear", label_smoothing=0.0, separate_d=True,
-                   ema=0.0, lazy=1, no_flip=True, no_icnr=True, no_notch=True),
+                   pretrain_epochs=0, gan_loss="linear", separate_d=True, ema=0.0,
+                   lazy=1, no_flip=True, no_icnr=True, no_notch=True),
 }
 
 NOT_FINITE = ("stopped, and last.pt, once written, keeps the last good state. Lower the learning "
               "rate (--lr, --lr_d) or that term's weight and go on with --resume --resume_override")
 
 # Of the flags that are numbers from 0 up: what they must be under.
-LIMITS = {"lr": math.inf, "lr_d": math.inf, "momentum_d": 1, "label_smoothing": 1, "ema": 1,
+LIMITS = {"lr": math.inf, "lr_d": math.inf, "momentum_d": 1, "ema": 1,
           "alpha": math.inf, "beta": math.inf, "gamma": math.inf}
 
 # Flags that are not the run's own, and those of its own that --resume may change.
@@ -120,8 +122,10 @@ def train_step(run, lr, hr, targets, with_gan, with_perceptual, every=1, share=1
     if with_perceptual and (loss.alpha or loss.gamma):
         run.tidy()
         with run.autocast():
-            at_sr, logged["content"], logged["identity"] = loss.perceptual_gradient(
+            at_sr, content, identity = loss.perceptual_gradient(
                 sr.detach(), targets, run.chunk, scale)
+        logged |= {"content": content} if loss.alpha else {}
+        logged |= {"identity": identity} if loss.gamma else {}
         gradient += every * at_sr
 
     sr_graph.backward((gradient * share * scale).to(sr_graph.dtype))
@@ -149,7 +153,7 @@ def play(run, sr, hr, logged, weight, scale):
         loss_d = sr.new_zeros(())
         if len(real):
             part = len(real) / len(hr)
-            loss_d += real_loss(kind, real_logits, run.smoothing) * part
+            loss_d += real_loss(kind, real_logits) * part
             logged["score_d"] += probability(real_logits.detach().float()).mean() * part
         if len(fake):
             part = len(fake) / len(sr)
@@ -238,7 +242,7 @@ def build(args, device, steps_per_epoch, world=1):
     vgg = load_vgg(args.vgg_weights).to(device) if args.alpha else None
     run.loss = GeneratorLoss(args.alpha, args.beta, args.gamma, vgg, run.face_network,
                              args.gan_loss)
-    run.smoothing, run.separate_d = args.label_smoothing, args.separate_d
+    run.separate_d = args.separate_d
 
     fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
     run.optimizerG = torch.optim.Adam(run.netG.parameters(), lr=args.lr, **fused)
@@ -603,15 +607,24 @@ def epoch_row(run, args, progress, validation):
 
 
 def dead_discriminator(row, args):
-    """A warning when D could not tell real from generated for a whole epoch, else None."""
-    gap = row["Score_D"] - row["Score_G"]
-    if gap < 0.01 or row["Gradient_ratio"] < 1e-4:
+    """A warning when D taught nothing for a whole epoch, else None.
+
+    Either it could not tell real from generated, or its gradient did not arrive.
+    """
+    gap, ratio = row["Score_D"] - row["Score_G"], row["Gradient_ratio"]
+    if gap >= 0.01 and ratio < 1e-4:  # D tells them apart, but SR hears nothing of it
+        advice = ["--gan_loss bce"] * (args.gan_loss != "bce") + ["a larger --beta"]
+        advice += ["a lower --lr_d"] * (gap > 0.9)
+        return (f"warning: epoch {row['Epoch']}: the discriminator is not heard: D(x) - D(G(z)) is "
+                f"{gap:.4f}, but its gradient at SR is {ratio:.1e} of the pixel gradient, so the "
+                f"adversarial term teaches nothing. Try {', or '.join(advice)}")
+    if gap < 0.01:
         advice = ["--no-separate_d"] * args.separate_d
         advice += ["--gan_loss bce"] * (args.gan_loss != "bce")
         advice += ["--momentum_d 0.5"] * (args.momentum_d > 0.5)
         advice += ["a higher --lr_d", "a larger --beta", "more steps: a larger --num_epochs"]
         return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
-                f"{gap:.4f} and its gradient at SR {row['Gradient_ratio']:.1e} of the pixel "
+                f"{gap:.4f} and its gradient at SR {ratio:.1e} of the pixel "
                 f"gradient, so the adversarial term teaches nothing. Try {', or '.join(advice)}")
     return None
 
@@ -619,8 +632,8 @@ def dead_discriminator(row, args):
 def summary_line(row, args):
     """One epoch in one line."""
     left = args.num_epochs - row["Epoch"]
-    if row["Phase"] == "pixel":  # a step with every term takes eight times as long (benchmark.py)
-        left += 7 / args.lazy * max(0, args.num_epochs - args.pretrain_epochs)
+    if row["Phase"] == "pixel":  # a step with every term takes ten times as long (benchmark.py)
+        left += 9 / args.lazy * max(0, args.num_epochs - args.pretrain_epochs)
     left *= row["Seconds"]
     line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): "
             f"PSNR-Y {row['PSNR']:.2f} dB, SSIM {row['SSIM']:.4f}, cosine {row['Cosine']:.4f}, "
@@ -631,37 +644,48 @@ def summary_line(row, args):
     return f"{line}; {row['Seconds']:.0f} s, about {left / 60:.0f} min left"
 
 
+def generators(args):
+    """The networks in --out_dir that this run or an older one left."""
+    return sorted(Path(args.out_dir).glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth"))
+
+
 def open_folder(args):
-    """Make the run's folder ready -> the state to resume from, or None for a new run.
+    """The state to resume from, or None for a new run; changes nothing that a person may want.
 
     A folder that holds a run is refused unless --resume or --overwrite says what to do with it.
     """
     folder = Path(args.out_dir)
-    holds_run = (folder / "last.pt").exists()
-    if holds_run and not (args.resume or args.overwrite):
+    if (folder / "last.pt").exists() and not (args.resume or args.overwrite):
         raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
                          f"{folder}), choose another --out_dir, or replace it (--overwrite)")
     for leftover in folder.glob(".*.tmp*"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)
     if args.resume:
         return checkpoints.read_run(folder)
-    generators = sorted(folder.glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth"))
-    if args.start and Path(args.start).resolve() in [path.resolve() for path in generators]:
+    if args.start and Path(args.start).resolve() in [path.resolve() for path in generators(args)]:
         raise InputError(f"--start {args.start} lies in --out_dir, where a new run sets the files "
                          "of older ones aside; choose another --out_dir")
-    if holds_run:
-        for path in (folder / "last.pt", *generators, *folder.glob("samples/epoch_*.png")):
+    return None
+
+
+def make_room(args):
+    """Delete the run that --overwrite replaces, or set a generator that was shipped here aside.
+
+    Only when all that a new run needs has been loaded: what is refused must cost nothing.
+    """
+    folder = Path(args.out_dir)
+    if (folder / "last.pt").exists():
+        for path in (folder / "last.pt", *generators(args), *folder.glob("samples/epoch_*.png")):
             path.unlink()
-        return None
-    # what a generator that was trained or shipped here left: not to be taken for this run's
-    for path in (folder / "train_results.csv", folder / "config.json", *generators):
+        return
+    # not to be taken for this run's
+    for path in (folder / "train_results.csv", folder / "config.json", *generators(args)):
         if path.exists():
             kept = f"previous_{path.name}"
             while (folder / kept).exists():
                 kept = f"previous_{kept}"
             os.replace(path, folder / kept)
             say(f"{path} kept as {kept}")
-    return None
 
 
 def refuse_changes(args, progress, train, valid):
@@ -764,6 +788,8 @@ def train(args):
             sys.exit(128 + int(stop))
 
     if rank == 0:
+        if not state:
+            make_room(args)
         checkpoints.save_json(config, folder / "config.json")
     while progress["epoch"] <= args.num_epochs:
         epoch = progress["epoch"]
@@ -855,13 +881,14 @@ def parse(argv=None):
         help="of the 256 px frame: the report's text, or its published code")
     add("--no_flip", action="store_true", help="no random horizontal flips")
     add("--cache_gb", type=float, default=4.0,
-        help="GiB of decoded pictures to hold in memory; more are decoded by worker processes")
+        help="GiB of decoded pictures to hold in memory; more are decoded by worker processes. As "
+             "much again for HR's targets; more are computed in each step")
     add("--allow_overlap", action="store_true",
         help="go on although a photograph is in both folders")
 
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", choices=tuple(RECIPES),
-        help="sets the flags of this group; report: all as the report's published code; None: ours")
+        help="report: undo every departure in README's table; None: ours")
     add("--num_epochs", type=positive, default=100, help="epochs in all")
     add("--pretrain_epochs", type=int,
         help="the first of them with the pixel loss alone; None: three quarters")
@@ -875,7 +902,6 @@ def parse(argv=None):
     add("--schedule", choices=("cosine", "constant"), help="of the generator's learning rate")
     add("--gan_loss", choices=("bce", "linear"),
         help="adversarial loss: cross-entropy on logits, or 1 - D(x) + D(G(z))")
-    add("--label_smoothing", type=float, help="D's target for real images is 1 minus this")
     add("--separate_d", action=argparse.BooleanOptionalAction,
         help="real and generated images go through D in passes of their own, not mixed")
     add("--ema", type=float, help="limit of the generator average's decay; 0: no average")
@@ -885,7 +911,7 @@ def parse(argv=None):
     add("--no_notch", action="store_true",
         help="let the generator's last convolution draw lines of period two (stripes)")
     add("--start", help="generator checkpoint to start from instead of a random one")
-    add("--seed", type=int, default=0, help="of weights, order, flips and crops")
+    add("--seed", type=not_negative, default=0, help="of weights, order, flips and crops")
 
     add = parser.add_argument_group("loss (L_pixel + alpha L_content + beta L_GAN + "
                                     "gamma L_identity)").add_argument
@@ -935,13 +961,6 @@ def parse(argv=None):
         # a GAN epoch takes three times as long as a pixel epoch: each phase gets half of the time
         args.pretrain_epochs = args.num_epochs * 3 // 4
     return args
-
-
-def positive(text):
-    """argparse type: a whole number from 1 up."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
 
 
 def read_flags(path):
