@@ -270,7 +270,7 @@ def benchmark(args):
     flags = train_identity.parse([
         "--batch_size", str(args.batch_size), "--crop_size", str(args.crop_size), "--device",
         args.device, "--precision", args.precision, "--vgg_weights", "random", "--face_weights",
-        "random", *["--compile"] * args.compile])
+        "random", "--max_ratio", "0", *["--compile"] * args.compile])
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     with tempfile.TemporaryDirectory() as folder:

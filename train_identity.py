@@ -65,18 +65,18 @@ LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "s
 # The default recipe against the report's: each departure has a flag, --recipe report sets all.
 RECIPES = {
     "ours": dict(batch_size=16, lr=4e-4, lr_d=2.5e-5, momentum_d=0.5, schedule="cosine",
-                 pretrain_epochs=None, gan_loss="bce", separate_d=False, ema=0.999,
-                 lazy=4, no_flip=False, no_icnr=False, no_notch=False),
+                 pretrain_epochs=None, gan_loss="bce", separate_d=False, max_ratio=2.0, ema=0.999,
+                 lazy=4, no_flip=False, no_icnr=False, no_notch=False, precision="auto"),
     "report": dict(batch_size=32, lr=1e-4, lr_d=1e-4, momentum_d=0.9, schedule="constant",
-                   pretrain_epochs=0, gan_loss="linear", separate_d=True, ema=0.0,
-                   lazy=1, no_flip=True, no_icnr=True, no_notch=True),
+                   pretrain_epochs=0, gan_loss="linear", separate_d=True, max_ratio=0.0, ema=0.0,
+                   lazy=1, no_flip=True, no_icnr=True, no_notch=True, precision="fp32"),
 }
 
 NOT_FINITE = ("stopped, and last.pt, once written, keeps the last good state. Lower the learning "
               "rate (--lr, --lr_d) or that term's weight and go on with --resume --resume_override")
 
 # Of the flags that are numbers from 0 up: what they must be under.
-LIMITS = {"lr": math.inf, "lr_d": math.inf, "momentum_d": 1, "ema": 1,
+LIMITS = {"lr": math.inf, "lr_d": math.inf, "momentum_d": 1, "max_ratio": math.inf, "ema": 1,
           "alpha": math.inf, "beta": math.inf, "gamma": math.inf}
 
 # Flags that are not the run's own, and those of its own that --resume may change.
@@ -101,7 +101,8 @@ def train_step(run, lr, hr, targets, with_gan, with_perceptual, every=1, share=1
 
     run: the networks, optimisers and loss (see `build`); lr, hr: (N, 3, h, w), (N, 3, H, W) in
     [0, 1]; targets: `loss.targets(hr)`; every: the weight of terms that are computed on every
-    `every`-th step only; share: of this part in an accumulated batch. -> the LOGGED values.
+    `every`-th step only; share: of this part in an accumulated batch. -> the LOGGED values, whose
+    ratio is that of the adversarial to the pixel gradient, before run.max_ratio bounds it.
     """
     loss, scale = run.loss, run.scaler.get_scale()
     logged = {}
@@ -116,7 +117,12 @@ def train_step(run, lr, hr, targets, with_gan, with_perceptual, every=1, share=1
     if with_gan:
         run.tidy()
         at_sr = play(run, sr, hr, logged, share * scale, scale)
-        logged["ratio"] = at_sr.norm() / gradient.norm().clamp_min(1e-12)
+        squares = torch.stack([at_sr.norm().square(), gradient.norm().square()])
+        if dist.is_initialized():  # one bound for all processes
+            dist.all_reduce(squares)
+        logged["ratio"] = (squares[0] / squares[1].clamp_min(1e-24)).sqrt()
+        if run.max_ratio:  # a D that wins would drown the other terms
+            at_sr *= (run.max_ratio / logged["ratio"]).clamp_max(1)
         gradient += every * at_sr
 
     if with_perceptual and (loss.alpha or loss.gamma):
@@ -242,7 +248,7 @@ def build(args, device, steps_per_epoch, world=1):
     vgg = load_vgg(args.vgg_weights).to(device) if args.alpha else None
     run.loss = GeneratorLoss(args.alpha, args.beta, args.gamma, vgg, run.face_network,
                              args.gan_loss)
-    run.separate_d = args.separate_d
+    run.separate_d, run.max_ratio = args.separate_d, args.max_ratio
 
     fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
     run.optimizerG = torch.optim.Adam(run.netG.parameters(), lr=args.lr, **fused)
@@ -910,6 +916,9 @@ def parse(argv=None):
     add("--no_icnr", action="store_true", help="plain initialisation of the sub-pixel blocks")
     add("--no_notch", action="store_true",
         help="let the generator's last convolution draw lines of period two (stripes)")
+    add("--max_ratio", type=float,
+        help="the adversarial gradient at SR, before --lazy weighs it, is held to this many times "
+             "the pixel loss's; 0: no bound")
     add("--start", help="generator checkpoint to start from instead of a random one")
     add("--seed", type=not_negative, default=0, help="of weights, order, flips and crops")
 

@@ -99,7 +99,7 @@ def small_run(*more):
     ("--gan_loss", "linear", "--alpha", "0", "--gamma", "0", "--separate_d")])
 def test_step_equals_the_straightforward_loop(more):
     """Same losses and same updated weights as autograd on L_total in NCHW (benchmark.py)."""
-    fast, lr, hr = small_run(*more)
+    fast, lr, hr = small_run("--max_ratio", "0", *more)
     plain, _, _ = small_run(*more)
     for network in (plain.netG, plain.netD):
         network.to(memory_format=torch.contiguous_format)
@@ -189,6 +189,28 @@ def test_lazy_terms_weigh_what_they_weigh_every_step():
     torch.testing.assert_close(gradients[1], 3 * gradients[0], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("bound", [0, 0.5, 1e6])
+def test_the_adversarial_gradient_is_bounded(bound):
+    """By autograd on the terms: at SR at most `bound` times as long as the pixel gradient."""
+    run, lr, hr = small_run("--alpha", "0", "--gamma", "0", "--beta", "0.1", "--max_ratio",
+                            str(bound))
+    plain, _, _ = small_run("--alpha", "0", "--gamma", "0")
+    sr = plain.netG(lr)
+    fake = torch.cat([plain.netD(torch.cat([real, made]))[2:]
+                      for real, made in zip(hr.chunk(2), sr.chunk(2))])
+    adversarial, = torch.autograd.grad(0.1 * -torch.sigmoid(fake).log().mean(), sr,
+                                       retain_graph=True)
+    pixel, = torch.autograd.grad((sr - hr).square().mean(), sr, retain_graph=True)
+    ratio = (adversarial.norm() / pixel.norm()).item()
+    assert ratio > 1
+    sr.backward(pixel + 4 * adversarial * (0.5 / ratio if bound == 0.5 else 1))
+
+    values = train_identity.train_step(run, lr, hr, None, True, False, every=4)
+    assert values[train_identity.LOGGED.index("ratio")] == pytest.approx(ratio, rel=1e-4)
+    for ours, expected in zip(run.netG.parameters(), plain.netG.parameters()):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_average_ramps_up():
     """After one update the average is (2/11) old + (9/11) new; the limit holds later."""
     run, _, _ = small_run()
@@ -211,14 +233,15 @@ def test_report_recipe_undoes_every_departure():
     assert (args.batch_size, args.lr, args.schedule, args.pretrain_epochs) == (32, 1e-4,
                                                                                "constant", 0)
     assert (args.gan_loss, args.ema, args.lazy) == ("linear", 0, 1)
-    assert args.separate_d and args.momentum_d == 0.9
+    assert args.separate_d and args.momentum_d == 0.9 and args.max_ratio == 0
     assert args.no_flip and args.no_icnr and args.no_notch
     assert (args.alpha, args.beta, args.gamma) == (0.005, 0.001, 0.6)
     assert train_identity.parse(["--preset", "visual", "--gamma", "3"]).gamma == 3
     assert train_identity.parse(["--preset", "visual"]).gamma == 0.006
 
 
-@pytest.mark.parametrize("flag", ["--lr=-1e-4", "--momentum_d=1", "--ema=1.5", "--gamma=nan"])
+@pytest.mark.parametrize("flag", ["--lr=-1e-4", "--momentum_d=1", "--ema=1.5", "--gamma=nan",
+                                  "--max_ratio=inf"])
 def test_a_number_out_of_range_names_its_flag(flag):
     with pytest.raises(InputError, match=flag.split("=")[0]):
         train_identity.parse([flag])
