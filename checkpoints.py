@@ -176,14 +176,15 @@ def load_discriminator(path):
 def shipped_generator():
     """Path of the generator in this repository's `epochs/`: the one of the last epoch.
 
-    That is the shipped one until another is trained there. Raises InputError if there is none.
+    That is the shipped one until a run there has saved its first, also while that run keeps the
+    shipped one as previous_*. Raises InputError if there is none.
     """
-    found = [(int(match[1]), path) for path in (Path(__file__).parent / "epochs").glob("*.pth")
-             if (match := re.fullmatch(r"netG_epoch_8_(\d+)\.pth", path.name))]
+    found = [(not match[1], int(match[2]), path)
+             for path in (Path(__file__).parent / "epochs").glob("*.pth")
+             if (match := re.fullmatch(r"(previous_)?netG_epoch_8_(\d+)\.pth", path.name))]
     if not found:
-        raise InputError("epochs/ holds no netG_epoch_8_*.pth; train one, or name a --checkpoint "
-                         "(a run that began there keeps older ones as previous_*)")
-    return max(found)[1]
+        raise InputError("epochs/ holds no netG_epoch_8_*.pth; train one, or name a --checkpoint")
+    return max(found)[2]
 
 
 def parse_blend(text):
@@ -220,6 +221,8 @@ def load_blend(path_a, path_b, weight):
 
 def _start_of(path):
     """Digest of the generator that a checkpoint's run started from; None if nothing tells."""
+    if Path(path).name.startswith("previous_"):  # the config.json beside it is another run's
+        return None
     try:
         return json.loads(Path(path).with_name("config.json").read_text())["start"]
     except (OSError, ValueError, KeyError, TypeError):

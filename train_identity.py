@@ -597,8 +597,7 @@ def epoch_row(run, args, progress, validation):
                 ("identity", run.loss.gamma))
     loss_g = sum(weight * means[name] for name, weight in weighted if means[name] == means[name])
     gan = progress["epoch"] > args.pretrain_epochs
-    psnr, ssim, cosine, d_real, d_fake = ([math.nan] * 5 if validation is None
-                                          else validation.mean(0)[:5])
+    psnr, ssim, cosine = [math.nan] * 3 if validation is None else validation.mean(0)[:3]
     accuracy = math.nan
     if gan and validation is not None:
         accuracy = ((validation[:, 3] > 0).mean() + (validation[:, 4] < 0).mean()) / 2
@@ -628,10 +627,11 @@ def dead_discriminator(row, args):
         advice = ["--no-separate_d"] * args.separate_d
         advice += ["--gan_loss bce"] * (args.gan_loss != "bce")
         advice += ["--momentum_d 0.5"] * (args.momentum_d > 0.5)
-        advice += ["a higher --lr_d", "a larger --beta", "more steps: a larger --num_epochs"]
+        advice += ["a higher --lr_d", "more steps: a larger --num_epochs"]
         return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
-                f"{gap:.4f} and its gradient at SR {ratio:.1e} of the pixel "
-                f"gradient, so the adversarial term teaches nothing. Try {', or '.join(advice)}")
+                f"{gap:.4f}. It cannot tell real from generated images, so the adversarial term "
+                f"teaches nothing, however large its gradient is (at SR {ratio:.1e} of the pixel "
+                f"gradient). Try {', or '.join(advice)}")
     return None
 
 
@@ -685,7 +685,8 @@ def make_room(args):
             path.unlink()
         return
     # not to be taken for this run's
-    for path in (folder / "train_results.csv", folder / "config.json", *generators(args)):
+    for path in (folder / "train_results.csv", folder / "config.json",
+                 *sorted(folder.glob("net[GD]_epoch_*_*.pth"))):
         if path.exists():
             kept = f"previous_{path.name}"
             while (folder / kept).exists():
@@ -697,8 +698,8 @@ def make_room(args):
 def refuse_changes(args, progress, train, valid):
     """Raise InputError if a resumed run would go on with other flags or other photographs."""
     then, now = progress["flags"], run_flags(args)
-    changed = [f"--{name} {then.get(name)} -> {value}" for name, value in now.items()
-               if name not in FREE_ON_RESUME and then.get(name) != value]
+    changed = [f"--{name} {then.get(name)} -> {now.get(name)}" for name in sorted({*then, *now})
+               if name not in FREE_ON_RESUME and then.get(name) != now.get(name)]
     if then.get("start") != now["start"]:
         raise InputError(f"--start {now['start']}: a run that goes on has its weights; leave that "
                          "flag out, or begin a new run in another --out_dir")
@@ -731,15 +732,20 @@ def train(args):
                 "data": {"train_dir": train_set.digest(), "valid_dir": valid_set.digest()}}
     if state:
         refuse_changes(args, state["progress"], train_set, valid_set)
+        state["parts"].setdefault("average", state["parts"]["netG"])  # begun with --ema 0
         checkpoints.restore_run(state, parts, folder / "last.pt")
-        set_optimizers(run, args)
         progress = state["progress"] | {name: progress[name] for name in ("flags", "data")}
         run.updates = progress["updates"]
         if progress["history"] is not None and len(progress["history"]) != steps_per_epoch:
             say(f"another number of steps per epoch: epoch {progress['epoch']} begins anew")
             progress.update(step=0, history=None)
         if progress["history"] is not None:
-            progress["history"] = progress["history"].to(device)
+            history = progress["history"].to(device)
+            # an fp16 overflow is no reason to stop what goes on in another precision
+            progress["history"] = torch.where(history.isinf(), math.nan, history)
+        # counted in this run's steps, since another batch size makes other epochs
+        run.scheduleG.last_epoch = (progress["epoch"] - 1) * steps_per_epoch + progress["step"]
+        set_optimizers(run, args)
         if progress["epoch"] > args.num_epochs:
             say(f"{folder}: {progress['epoch'] - 1} epochs are done; a larger --num_epochs goes on")
             if world > 1:
@@ -910,15 +916,15 @@ def parse(argv=None):
         help="adversarial loss: cross-entropy on logits, or 1 - D(x) + D(G(z))")
     add("--separate_d", action=argparse.BooleanOptionalAction,
         help="real and generated images go through D in passes of their own, not mixed")
+    add("--max_ratio", type=float,
+        help="the adversarial gradient at SR, before --lazy weighs it, is held to this many times "
+             "the pixel loss's; 0: no bound")
     add("--ema", type=float, help="limit of the generator average's decay; 0: no average")
     add("--lazy", type=positive,
         help="adversarial and perceptual terms every k-th step, at k times the weight")
     add("--no_icnr", action="store_true", help="plain initialisation of the sub-pixel blocks")
     add("--no_notch", action="store_true",
         help="let the generator's last convolution draw lines of period two (stripes)")
-    add("--max_ratio", type=float,
-        help="the adversarial gradient at SR, before --lazy weighs it, is held to this many times "
-             "the pixel loss's; 0: no bound")
     add("--start", help="generator checkpoint to start from instead of a random one")
     add("--seed", type=not_negative, default=0, help="of weights, order, flips and crops")
 
@@ -934,7 +940,7 @@ def parse(argv=None):
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"),
         help="of the networks' arithmetic; auto: fp32 on a CPU, bf16 (or fp16) on CUDA")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile both networks")
@@ -958,8 +964,13 @@ def parse(argv=None):
     stored = {}
     if first.config:
         stored = read_flags(first.config)
+        for what, names in (("is left out, being unknown", stored.keys() - vars(first).keys()),
+                            ("is not in it and as today", run_flags(first).keys() - stored.keys())):
+            if names:
+                say(f"{first.config} is another version's: {', '.join(sorted(names))} {what}")
     if first.resume:
         stored = checkpoints.read_run(first.out_dir)["progress"]["flags"]
+    stored = {name: value for name, value in stored.items() if hasattr(first, name)}
     for defaults in (stored, RECIPES.get(first.recipe, {}), weights.get(first.preset, {})):
         parser.set_defaults(**defaults)  # a recipe or preset that is given wins over a stored run
     args = parser.parse_args(argv)

@@ -323,6 +323,16 @@ def test_the_shipped_generator_is_the_one_of_the_last_epoch(tmp_path, monkeypatc
                                                                          100)
 
 
+def test_the_shipped_generator_is_found_where_a_run_has_just_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "checkpoints.py"))
+    (tmp_path / "epochs").mkdir()
+    kept = tmp_path / "epochs" / "previous_netG_epoch_8_6.pth"
+    kept.touch()
+    assert checkpoints.shipped_generator() == kept
+    (tmp_path / "epochs" / "netG_epoch_8_1.pth").touch()
+    assert checkpoints.shipped_generator().name == "netG_epoch_8_1.pth"
+
+
 # ---------------------------------------------------------------------------------------------
 # Blends
 
@@ -370,6 +380,13 @@ def test_generators_without_a_shared_start_are_not_blended(start_a, start_b, tmp
     with pytest.raises(InputError, match="cannot be blended.*--start") as error:
         checkpoints.load_blend(path_a, path_b, 0.5)
     assert str(path_a) in str(error.value) and str(path_b) in str(error.value)
+
+
+def test_a_generator_that_was_set_aside_is_not_taken_for_the_new_runs(tmp_path):
+    path_a, _ = make_run(tmp_path / "a", 1, "digest")
+    path_b, _ = make_run(tmp_path / "b", 2, "digest")
+    with pytest.raises(InputError, match="cannot be blended"):
+        checkpoints.load_blend(path_a, path_b.rename(path_b.with_name("previous_netG.pth")), 0.5)
 
 
 def test_generators_of_different_factors_are_not_blended(tmp_path):

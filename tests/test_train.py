@@ -236,6 +236,7 @@ def test_report_recipe_undoes_every_departure():
     assert args.separate_d and args.momentum_d == 0.9 and args.max_ratio == 0
     assert args.no_flip and args.no_icnr and args.no_notch
     assert (args.alpha, args.beta, args.gamma) == (0.005, 0.001, 0.6)
+    assert args.precision == "fp32"
     assert train_identity.parse(["--preset", "visual", "--gamma", "3"]).gamma == 3
     assert train_identity.parse(["--preset", "visual"]).gamma == 0.006
 
@@ -298,6 +299,19 @@ def test_same_seed_same_bits_and_config_repeats_a_run(finished, tmp_path):
     assert_same_bits(weights(tmp_path), weights(finished))
 
 
+def test_a_config_of_another_version_says_what_it_lacks(finished, tmp_path, capsys):
+    config = json.loads((finished / "config.json").read_text())
+    config["flags"]["label_smoothing"] = 0.1  # a flag that was dropped
+    del config["flags"]["max_ratio"]          # one that was added
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = train_identity.parse(["--config", str(tmp_path / "config.json")])
+    assert args.batch_size == 2 and args.max_ratio == 2 and not hasattr(args, "label_smoothing")
+    output = capsys.readouterr().out
+    assert "label_smoothing is left out" in output and "max_ratio is not in it" in output
+    train_identity.parse(["--config", str(finished / "config.json")])
+    assert capsys.readouterr().out == ""
+
+
 def test_dead_discriminator_is_announced():
     row = {"Epoch": 3, "Score_D": 0.9, "Score_G": 0.4, "Gradient_ratio": 0.1}
     report = train_identity.parse(["--recipe", "report"])
@@ -308,6 +322,7 @@ def test_dead_discriminator_is_announced():
     ours = train_identity.dead_discriminator(row | {"Score_G": 0.895}, train_identity.parse([]))
     assert "--momentum_d 0.5" in warning and "--lr_d" in ours
     assert "bce" not in ours and "momentum" not in ours  # nothing that is already done
+    assert "beta" not in ours  # the generator's weight teaches D nothing
     silent = row | {"Gradient_ratio": 1e-5}
     unheard = train_identity.dead_discriminator(silent, report)
     assert "1.0e-05" in unheard and "--gan_loss bce" in unheard and "lr_d" not in unheard
@@ -644,15 +659,46 @@ def test_an_epoch_begins_anew_with_another_number_of_steps(faces, tmp_path, monk
     assert len(pd.read_csv(tmp_path / "train_results.csv")) == 2
 
 
+def test_the_schedule_follows_another_batch_size(finished, tmp_path):
+    """After 3 of 4 epochs the half cosine from 1 to 0.05 is at cos(3/4 pi), in whatever steps."""
+    shutil.copytree(finished, tmp_path / "run")
+    train_identity.main(["--resume", "--resume_override", "--out_dir", str(tmp_path / "run"),
+                         "--num_epochs", "4", "--batch_size", "1"])
+    rate = pd.read_csv(tmp_path / "run" / "train_results.csv")["Learning_rate"]
+    assert rate[2] == pytest.approx(4e-4 * (0.05 + 0.95 * (1 - math.sqrt(0.5)) / 2))
+    assert rate[3] == pytest.approx(4e-4 * 0.05)
+
+
+def test_an_average_may_begin_later(faces, tmp_path):
+    train_identity.main(flags(faces, tmp_path, "--ema", "0", "--no_notch"))
+    last = checkpoints.read_run(tmp_path)["parts"]["netG"]
+    train_identity.main(["--resume", "--resume_override", "--ema", "0.999", "--lr", "0",
+                         "--num_epochs", "3", "--out_dir", str(tmp_path)])
+    state = checkpoints.read_run(tmp_path)["parts"]
+    assert torch.equal(state["average"]["last.weight"], last["last.weight"])
+
+
+def test_an_overflow_in_fp16_does_not_stop_what_goes_on_in_fp32(faces, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_identity.main(flags(faces, tmp_path, "--pretrain_epochs", "0"))
+    state = checkpoints.read_run(tmp_path)
+    state["progress"]["history"][0, -1] = math.inf
+    checkpoints.save_torch(state, tmp_path / "last.pt")
+    train_identity.main(["--resume", "--out_dir", str(tmp_path)])
+    assert len(pd.read_csv(tmp_path / "train_results.csv")) == 2
+
+
 def test_what_lies_in_the_folder_is_set_aside(faces, tmp_path):
     """The shipped run's files, twice: nothing is lost, and none is taken for this run's."""
     for text in ("shipped", "broken off"):
-        for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_2_15.pth"):
+        for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_8_15.pth"):
             (tmp_path / name).write_text(text)
         args = train_identity.parse(flags(faces, tmp_path))
         assert train_identity.open_folder(args) is None
         train_identity.make_room(args)
-    for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_2_15.pth"):
+    for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_8_15.pth"):
         assert not (tmp_path / name).exists()
         assert (tmp_path / f"previous_{name}").read_text() == "shipped"
         assert (tmp_path / f"previous_previous_{name}").read_text() == "broken off"
