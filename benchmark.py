@@ -114,14 +114,11 @@ def timed(function, device):
     return time.perf_counter() - begin
 
 
-def convolution_rate(device, autocast):
-    """GFLOP/s of a large 3x3 convolution in the step's precision, the better of two layouts."""
+def convolution_rate(device, dtype):
+    """GFLOP/s of a large 3x3 convolution in this precision, the better of two layouts."""
     best = 0.0
-    x = torch.rand(16, 128, 64, 64, device=device)
-    weight = torch.rand(128, 128, 3, 3, device=device)
-    with autocast():
-        dtype = F.conv2d(x, weight).dtype
-    x, weight = x.to(dtype), weight.to(dtype)
+    x = torch.rand(16, 128, 64, 64, device=device).to(dtype)
+    weight = torch.rand(128, 128, 3, 3, device=device).to(dtype)
     for layout in (torch.contiguous_format, torch.channels_last):
         a, b = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
         F.conv2d(a, b, padding=1)
@@ -159,7 +156,7 @@ def step_parts(run, lr, hr, targets):
     def generator():
         with run.autocast():
             image = run.ddpG(lr, run.recompute)
-        image.backward(gradient.to(image.dtype))
+        image.backward(gradient)
 
     def discriminator():
         train_identity.play(run, sr.clone().requires_grad_(), hr, {}, 1.0, 1.0)
@@ -228,7 +225,9 @@ def worker(role, flags, folder, pipe):
                                     lambda: reference_validation(run, valid, device), device),
         "data loading": lambda: timed(
             lambda: list(DataLoader(train, batch_size=flags.batch_size)), device),
-        "convolution": lambda: convolution_rate(device, run.autocast),
+        "convolution": lambda: (convolution_rate(device, torch.float32),
+                                convolution_rate(device, run.dtype)),
+        "precision": lambda: str(run.dtype).removeprefix("torch."),
         "flop": lambda: step_flop(run, lr[:1], hr[:1]),
         "parts": lambda: {name: in_training(part)
                           for name, part in step_parts(run, lr, hr, targets).items()},
@@ -287,7 +286,7 @@ def benchmark(args):
 
         ours, theirs = {}, {}
         result = {"batch_size": args.batch_size, "device": args.device,
-                  "threads": torch.get_num_threads()}
+                  "threads": torch.get_num_threads(), "precision": ask(project, "precision")}
         # the first call of each warms up: primitives are chosen, targets computed and kept
         compare(project, reference, "step", 1, args.batch_size)
         rounds, rates = [], [ask(project, "convolution")]
@@ -319,9 +318,9 @@ def benchmark(args):
     result["memory_ratio"] = result["memory_gib"] / result["reference_memory_gib"]
     result["gflop_per_image"] = flop / 1e9
     result["gflop_per_second"] = flop / 1e9 * ours["train"]
-    result["convolution_gflop_per_second"] = statistics.median(rates)
-    result["conv_fraction"] = (result["gflop_per_second"]
-                               / result["convolution_gflop_per_second"])
+    for name, rate in zip(("", "own_precision_"), zip(*rates)):
+        result[f"convolution_{name}gflop_per_second"] = statistics.median(rate)
+        result[f"{name}conv_fraction"] = result["gflop_per_second"] / statistics.median(rate)
     result["parts_seconds_per_image"] = {
         name: statistics.mean(p[name] for p in parts) / args.batch_size for name in parts[0]}
     return result
@@ -342,7 +341,12 @@ def report(result):
                  f"{result['reference_memory_gib']:>11.2f}{result['memory_ratio']:>7.2f}x")
     lines.append(f"training step: {result['gflop_per_image']:.1f} GFLOP per image, "
                  f"{result['gflop_per_second']:.0f} GFLOP/s; a large convolution reaches "
-                 f"{result['convolution_gflop_per_second']:.0f}: {result['conv_fraction']:.0%}")
+                 f"{result['convolution_gflop_per_second']:.0f} in fp32: "
+                 f"{result['conv_fraction']:.0%}")
+    if result["precision"] != "float32":
+        lines.append(f"in {result['precision']} a large convolution reaches "
+                     f"{result['convolution_own_precision_gflop_per_second']:.0f}: "
+                     f"{result['own_precision_conv_fraction']:.0%}")
     parts = result["parts_seconds_per_image"]
     lines.append("seconds per image: " + ", ".join(f"{k} {v:.4f}" for k, v in parts.items()))
     return "\n".join(lines)

@@ -96,6 +96,8 @@ class SubPixelConv2d(nn.Conv2d):
 class Generator(nn.Module):
     """The super-resolution network: LR (N, 3, h, w) in [0, 1] -> SR (N, 3, s*h, s*w) in [0, 1].
 
+    SR is fp32, also under autocast.
+
     `scale_factor` s is a power of two from 2 up and takes log2(s) sub-pixel blocks: three at the
     report's 8x. `icnr` starts each sub-pixel convolution as a nearest-neighbour upsampling
     (Aitken et al. 2017), so that no checkerboard has to be unlearned. Raises ValueError on
@@ -134,7 +136,8 @@ class Generator(nn.Module):
         for block in self.upsample[:-1]:
             x = block(x)                                # (N, 64, 2h, 2w), then 4h, 4w
         x = self.upsample[-1](x, shuffle=False)         # (N, 256, s*h/2, s*w/2)
-        return (torch.tanh(self.last(x)) + 1) / 2       # (N, 3, s*h, s*w)
+        x = self.last(x).float()                        # 8 bits of bf16 are too few around 1
+        return (torch.tanh(x) + 1) / 2                  # (N, 3, s*h, s*w)
 
 
 class Discriminator(nn.Module):

@@ -128,6 +128,16 @@ def test_the_activation_keeps_the_precision_of_autocast():
     assert activation.weight.grad.item() == -32
 
 
+def test_sr_is_fp32_under_autocast():
+    """bf16 cannot tell 0.5 from 0.501: pictures would be posterised."""
+    torch.manual_seed(0)
+    netG, lr = Generator(2), torch.rand(1, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        sr = netG(lr)
+    assert sr.dtype == torch.float32
+    assert (sr != sr.bfloat16()).float().mean() > 0.5
+
+
 def test_the_activation_commutes_with_the_shuffle():
     torch.manual_seed(0)
     block = UpsampleBlock(4)
