@@ -87,16 +87,17 @@ def reference_pixel_step(run, lr, hr):
 
 
 @torch.no_grad()
-def reference_validation(run, dataset, device):
-    """Image after image, HR's embedding anew each time."""
+def reference_evaluation(run, dataset, device, with_d):
+    """Image after image, HR's embedding anew each time; in training also D's opinion of both."""
     run.netG.eval()
     run.netD.eval()
     for index in range(len(dataset)):
         lr, _, hr = (x[None].to(device) for x in dataset[index])
         sr = plain_generator(run.netG, lr)
-        (evaluate.psnr_y(sr, hr).item(), evaluate.ssim(sr, hr).item(), run.netD(hr).item(),
-         run.netD(sr).item(),
+        (evaluate.psnr_y(sr, hr).item(), evaluate.ssim(sr, hr).item(),
          evaluate.cosine(embed(run.face_network, sr), embed(run.face_network, hr)).item())
+        if with_d:
+            run.netD(hr).item(), run.netD(sr).item()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,7 +209,12 @@ def worker(role, flags, folder, pipe):
     def project_validation():
         discriminate = train_identity.discriminator_at_work(run, device)
         evaluate.validate(run.average, discriminate, valid, run.face_network,
-                          run.known_embeddings, flags.valid_batch, device, everyone)
+                          run.known_embeddings, flags.valid_batch, device, everyone,
+                          run.autocast)
+
+    def project_evaluation():
+        evaluate.measure({"SR": lambda lr, restored, hr: run.average.eval()(lr)}, valid,
+                         {"cosine": run.face_network}, flags.valid_batch, device, run.autocast)
 
     def in_training(function):
         run.netG.train()
@@ -221,8 +227,12 @@ def worker(role, flags, folder, pipe):
                                     lambda: reference_step(run, lr, hr)),
         "pixel step": lambda: in_training(project_pixel_step if project else
                                           lambda: reference_pixel_step(run, lr, hr)),
-        "validation": lambda: timed(project_validation if project else
-                                    lambda: reference_validation(run, valid, device), device),
+        "validation": lambda: timed(
+            project_validation if project else
+            lambda: reference_evaluation(run, valid, device, with_d=True), device),
+        "evaluation": lambda: timed(
+            project_evaluation if project else
+            lambda: reference_evaluation(run, valid, device, with_d=False), device),
         "data loading": lambda: timed(
             lambda: list(DataLoader(train, batch_size=flags.batch_size)), device),
         "convolution": lambda: (convolution_rate(device, torch.float32),
@@ -298,7 +308,8 @@ def benchmark(args):
         result["memory_gib"], result["reference_memory_gib"] = (
             ask(pipe, "memory") for pipe in (project, reference))
         for name, question, images in (("pixel", "pixel step", args.batch_size),
-                                       ("validation", "validation", args.valid_images)):
+                                       ("validation", "validation", args.valid_images),
+                                       ("evaluation", "evaluation", args.valid_images)):
             compare(project, reference, question, 1, images)
             ours[name], theirs[name], result[f"{name}_speedup"] = compare(
                 project, reference, question, args.rounds, images)
@@ -314,7 +325,7 @@ def benchmark(args):
     result |= {f"{name}_images_per_second": value for name, value in ours.items()}
     result["reference_images_per_second"] = theirs["train"]
     result |= {f"reference_{name}_images_per_second": theirs[name]
-               for name in ("pixel", "validation")}
+               for name in ("pixel", "validation", "evaluation")}
     result["memory_ratio"] = result["memory_gib"] / result["reference_memory_gib"]
     result["gflop_per_image"] = flop / 1e9
     result["gflop_per_second"] = flop / 1e9 * ours["train"]
@@ -331,7 +342,8 @@ def report(result):
     lines = [f"{'images per second':<26}{'project':>10}{'reference':>11}{'ratio':>8}"]
     for title, name, ratio in (("training step", "train", "speedup"),
                                ("pixel-only step", "pixel", "pixel_speedup"),
-                               ("validation", "validation", "validation_speedup")):
+                               ("validation in training", "validation", "validation_speedup"),
+                               ("evaluate.py's measuring", "evaluation", "evaluation_speedup")):
         theirs = result["reference_images_per_second" if name == "train"
                         else f"reference_{name}_images_per_second"]
         lines.append(f"{title:<26}{result[f'{name}_images_per_second']:>10.2f}{theirs:>11.2f}"

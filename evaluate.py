@@ -10,6 +10,7 @@ training never saw, 95 % bootstrap intervals, and paired differences between mod
 import argparse
 import os
 import zipfile
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from data_utils import (
     to_image,
 )
 from loss_identity import embed, load_face_network
+from model import arithmetic
 
 RESAMPLES = 10_000
 EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's zip, new, old
@@ -133,26 +135,27 @@ def batches(dataset, batch_size, device, indices=None):
 
 @torch.no_grad()
 def validate(netG, discriminate, dataset, face_network, known_embeddings, batch_size, device,
-             indices):
+             indices, autocast=nullcontext):
     """What training logs of its validation images after an epoch.
 
     -> (n, 6) tensor, one row per index: PSNR-Y (dB), SSIM, cosine, D's logits of HR and of SR, and
     the index. `known_embeddings` keeps HR's embeddings between epochs ({index: (512,)}).
     discriminate: function (hr, sr) -> their logits, (N,) each; without it (None: D has not begun
-    to learn) more than half of the arithmetic is spared and the logits are nan. netG is put into
-    eval mode and left there.
+    to learn) more than half of the arithmetic is spared and the logits are nan. autocast: the
+    context that the generator and the face network run in. netG is put into eval mode and left
+    there.
     """
     netG.eval()
     rows = []
     for group, lr, _, hr in batches(dataset, batch_size, device, indices):
-        sr = netG(lr).float()
-        if any(i not in known_embeddings for i in group):
-            known_embeddings.update(zip(group, embed(face_network, hr)))
-        hr_embeddings = torch.stack([known_embeddings[i] for i in group])
+        with autocast():
+            sr = netG(lr).float()
+            if any(i not in known_embeddings for i in group):
+                known_embeddings.update(zip(group, embed(face_network, hr)))
+            of_sr = embed(face_network, sr)
+        of_hr = torch.stack([known_embeddings[i] for i in group])
         logits = discriminate(hr, sr) if discriminate else [sr.new_full((len(group),), np.nan)] * 2
-        rows.append(torch.stack([psnr_y(sr, hr), ssim(sr, hr),
-                                 cosine(embed(face_network, sr), hr_embeddings),
-                                 *logits,
+        rows.append(torch.stack([psnr_y(sr, hr), ssim(sr, hr), cosine(of_sr, of_hr), *logits,
                                  torch.tensor(group, device=device).float()], dim=1))
     return torch.cat(rows) if rows else torch.empty(0, 6, device=device)
 
@@ -193,23 +196,26 @@ def load_judge(name):
 
 
 @torch.no_grad()
-def measure(models, dataset, embedders, batch_size, device):
+def measure(models, dataset, embedders, batch_size, device, autocast=nullcontext):
     """Every model on every image -> (per-image table, {(model, embedder): (n, D) array}).
 
     models: {name: function of (LR, bicubic, HR) -> SR}; embedders: {name: network}, the training
-    embedder first, under the name "cosine", then judges.
+    embedder first, under the name "cosine", then judges. autocast: the context that all of them
+    run in; the metrics are fp32.
     """
     rows, vectors = [], {(m, e): [] for m in models for e in embedders}
     bar = tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=None)
     for group, lr, restored, hr in batches(dataset, batch_size, device):
-        of_hr = {e: embed(network, hr) for e, network in embedders.items()}
+        with autocast():
+            of_hr = {e: embed(network, hr) for e, network in embedders.items()}
         for name, model in models.items():
-            sr = model(lr, restored, hr).float()
+            with autocast():
+                sr = model(lr, restored, hr).float()
+                of_sr = of_hr if sr is hr else {e: embed(n, sr) for e, n in embedders.items()}
             columns = {"psnr_y": psnr_y(sr, hr), "ssim": ssim(sr, hr)}
-            for e, network in embedders.items():
-                of_sr = of_hr[e] if sr is hr else embed(network, sr)
-                columns[e] = cosine(of_sr, of_hr[e])
-                vectors[name, e].append(of_sr.float().cpu().numpy())
+            for e in embedders:
+                columns[e] = cosine(of_sr[e], of_hr[e])
+                vectors[name, e].append(of_sr[e].float().cpu().numpy())
             values = pd.DataFrame({k: v.cpu().double().numpy() for k, v in columns.items()})
             values.insert(0, "image", [dataset.files[i].name for i in group])
             values.insert(0, "model", name)
@@ -364,6 +370,8 @@ def parse(argv=None):
              "be repeated")
     add("--batch_size", type=positive, default=20, help="images per batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32",
+        help="of the networks' arithmetic; auto is what training takes, and faster")
     add("--cache_gb", type=float, default=4.0, help="GiB of decoded pictures to hold in memory")
     add("--seed", type=not_negative, default=0, help="of the bootstrap")
     add("--out_dir", default="results", help="folder of the tables and the picture")
@@ -385,7 +393,10 @@ def main(argv=None):
     for network in embedders.values():
         network.to(device)
 
-    per_image, vectors = measure(models, dataset, embedders, args.batch_size, device)
+    autocast, dtype = arithmetic(device, args.precision)
+    if dtype != torch.float32:
+        labels["computed in"] = str(dtype).removeprefix("torch.")
+    per_image, vectors = measure(models, dataset, embedders, args.batch_size, device, autocast)
     summary = summarise(per_image, vectors, args.seed)
     summary["networks"] = "; ".join(labels.values())
     pairs = differences(per_image, args.seed)

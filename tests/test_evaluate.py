@@ -1,5 +1,6 @@
 """evaluate.py: metrics against numpy and hand counts, judges, and the script on portraits."""
 
+import functools
 import os
 import pickle
 import zipfile
@@ -249,6 +250,19 @@ def test_measuring_in_batches_is_measuring_one_by_one(frames):
     without = evaluate.validate(netG, None, frames, embedders["cosine"], known, 3, CPU, range(5))
     np.testing.assert_array_equal(without[:, [0, 1, 2, 5]], rows[:, [0, 1, 2, 5]])
     assert without[:, 3:5].isnan().all()
+
+    # networks in bf16, metrics in fp32: SSIM's variances would be lost in bf16
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    half, _ = evaluate.measure(models, frames, embedders, 3, CPU, autocast)
+    pd.testing.assert_frame_equal(half[half["model"] == "bicubic"],
+                                  batched[batched["model"] == "bicubic"], rtol=1e-2)
+    for column in ("psnr_y", "ssim"):
+        np.testing.assert_array_equal(half[column][half["model"] == "bicubic"],
+                                      batched[column][batched["model"] == "bicubic"])
+    rows = evaluate.validate(netG, None, frames, embedders["cosine"], {}, 3, CPU, range(5),
+                             autocast).numpy()
+    np.testing.assert_allclose(rows[:, :3], half[half["model"] == "net"][
+        ["psnr_y", "ssim", "cosine"]], rtol=1e-4)
 
 
 def test_summary_has_the_means_and_the_pooled_psnr():

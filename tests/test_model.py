@@ -10,6 +10,7 @@ from model import (
     PReLU,
     SubPixelConv2d,
     UpsampleBlock,
+    arithmetic,
     probability,
     remove_stripes_,
 )
@@ -126,6 +127,18 @@ def test_the_activation_keeps_the_precision_of_autocast():
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and activation.weight.grad.dtype == torch.float32
     assert activation.weight.grad.item() == -32
+
+
+@pytest.mark.parametrize("amx, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_computes_in_bf16_where_it_has_matrix_units(amx, dtype, monkeypatch):
+    cpu, ones = torch.device("cpu"), torch.ones(1, 1)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    autocast, chosen = arithmetic(cpu, "auto")
+    with autocast():
+        assert (ones @ ones).dtype == chosen == dtype
+    assert arithmetic(cpu, "fp32")[1] == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older PyTorch
+    assert arithmetic(cpu, "auto")[1] == torch.float32
 
 
 def test_sr_is_fp32_under_autocast():

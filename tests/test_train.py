@@ -144,14 +144,6 @@ def test_bf16_takes_nearly_the_same_step():
         assert torch.cosine_similarity(a, b, dim=0) > 0.95
 
 
-@pytest.mark.parametrize("amx, precision", [(True, "bf16"), (False, "fp32")])
-def test_a_cpu_computes_in_bf16_where_it_has_matrix_units(amx, precision, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
-    assert train_identity.fast_precision(torch.device("cpu")) == precision
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert train_identity.fast_precision(torch.device("cpu")) == "fp32"
-
-
 def test_compiled_networks_take_the_same_step(monkeypatch):
     """Both backwards through D's one pass included; with a backend that needs no C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
