@@ -24,9 +24,10 @@ import figures
 import train_identity
 from data_utils import InputError, not_negative, positive, run_script
 from loss_identity import PRESETS
+from model import PRECISIONS, fast_precision
 
 HANDED_ON = ("train_dir", "valid_dir", "crop_size", "upscale_factor", "batch_size", "lr", "lazy",
-             "device", "vgg_weights", "face_weights")  # to train_identity.py
+             "device", "precision", "vgg_weights", "face_weights")  # to train_identity.py
 LOGGED = {"psnr_y": "PSNR", "ssim": "SSIM", "cosine": "Cosine", "d_accuracy": "D_accuracy"}
 TITLES = {"psnr_y": "PSNR-Y (dB)", "ssim": "SSIM", "cosine": "cosine", "d_accuracy": "D accuracy"}
 BLEND = [step / 10 for step in range(11)]  # weights of identity against visual
@@ -56,7 +57,7 @@ def refuse_changes(folder, wanted, data):
     """Raise InputError if the run in `folder` has other flags, start or photographs than wanted."""
     config = read_config(folder)
     then, now = config.get("flags", {}), train_identity.run_flags(wanted)
-    free = (train_identity.FREE_ON_RESUME | {"start"}) - {"num_epochs"}
+    free = (train_identity.FREE_ON_RESUME | {"start"}) - {"num_epochs", "precision"}
     changed = [f"--{name} {then.get(name)} -> {value}" for name, value in now.items()
                if name not in free and then.get(name) != value]
     if config.get("start") != (wanted.start and train_identity.file_digest(wanted.start)):
@@ -246,8 +247,8 @@ def conditions(args, config):
             f"same warm start ({start}; SHA-256 {config['start'][:12]}), seeds "
             f"{', '.join(map(str, args.seeds))}, batches of {args.batch_size}, learning rate "
             f"{args.lr:g}, adversarial loss {flags['gan_loss']}, adversarial and perceptual terms "
-            f"every {args.lazy} step(s). Networks: VGG16 {networks['vgg16']}; InceptionResnetV1 "
-            f"{networks['inception_resnet_v1']}.")
+            f"every {args.lazy} step(s), {flags['precision']}. Networks: VGG16 "
+            f"{networks['vgg16']}; InceptionResnetV1 {networks['inception_resnet_v1']}.")
 
 
 def markdown_table(head, rows):
@@ -333,6 +334,8 @@ def parse(argv=None):
     add("--lazy", type=positive, default=theirs.lazy,
         help="adversarial and perceptual terms every k-th step, at k times the weight")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--precision", choices=("auto", *PRECISIONS), default=theirs.precision,
+        help="of the networks' arithmetic in training")
     add("--vgg_weights", default=theirs.vgg_weights, help="imagenet, random, or a path")
     add("--face_weights", default=theirs.face_weights,
         help="vggface2, casia-webface, random, or a path")
@@ -357,6 +360,9 @@ def main(argv=None):
     embedders, labels = evaluate.load_embedders(args.face_weights, args.judge)
     handed_on = [text for name in HANDED_ON for text in (f"--{name}", str(getattr(args, name)))]
     settings = train_identity.parse(handed_on)
+    device, _, _ = train_identity.set_up_machine(settings)
+    if args.precision == "auto":  # the same for all runs, also if some are made on another machine
+        handed_on += ["--precision", fast_precision(device)]
     for flags in configurations(args.gamma).values():
         train_identity.parse([*handed_on, *flags])
     train_set, valid_set = train_identity.load_data(settings)
@@ -365,7 +371,6 @@ def main(argv=None):
     del train_set  # each run reads its own
     start, runs = train_all(args, handed_on, data, again)
 
-    device, _, _ = train_identity.set_up_machine(settings)
     for network in embedders.values():
         network.to(device)
     per_image, per_run = measure_all(args, start, runs, valid_set, embedders, device)

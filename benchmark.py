@@ -37,6 +37,7 @@ from data_utils import (
     to_image,
 )
 from loss_identity import embed, fake_loss, pixel_loss, real_loss
+from model import PRECISIONS
 
 # ---------------------------------------------------------------------------------------------
 # The reference: what the report's published script does
@@ -198,7 +199,8 @@ def worker(role, flags, folder, pipe):
     def project_step():
         nonlocal targets
         if targets is None:  # training computes them once and keeps them
-            targets = train_identity.cached_targets(run.loss, {}, list(range(len(hr))), hr)
+            with run.autocast():
+                targets = train_identity.cached_targets(run.loss, {}, list(range(len(hr))), hr)
         train_identity.train_step(run, lr, hr, targets, True, True)
         train_identity.apply_updates(run, with_gan=True)
 
@@ -236,8 +238,8 @@ def worker(role, flags, folder, pipe):
         "data loading": lambda: timed(
             lambda: list(DataLoader(train, batch_size=flags.batch_size)), device),
         "convolution": lambda: (convolution_rate(device, torch.float32),
-                                convolution_rate(device, run.dtype)),
-        "precision": lambda: str(run.dtype).removeprefix("torch."),
+                                convolution_rate(device, PRECISIONS[flags.precision])),
+        "precision": lambda: flags.precision,  # build() has put the machine's for auto
         "flop": lambda: step_flop(run, lr[:1], hr[:1]),
         "parts": lambda: {name: in_training(part)
                           for name, part in step_parts(run, lr, hr, targets).items()},
@@ -343,7 +345,8 @@ def report(result):
     for title, name, ratio in (("training step", "train", "speedup"),
                                ("pixel-only step", "pixel", "pixel_speedup"),
                                ("validation in training", "validation", "validation_speedup"),
-                               ("evaluate.py's measuring", "evaluation", "evaluation_speedup")):
+                               (f"evaluate.py in {result['precision']}", "evaluation",
+                                "evaluation_speedup")):
         theirs = result["reference_images_per_second" if name == "train"
                         else f"reference_{name}_images_per_second"]
         lines.append(f"{title:<26}{result[f'{name}_images_per_second']:>10.2f}{theirs:>11.2f}"
@@ -355,7 +358,7 @@ def report(result):
                  f"{result['gflop_per_second']:.0f} GFLOP/s; a large convolution reaches "
                  f"{result['convolution_gflop_per_second']:.0f} in fp32: "
                  f"{result['conv_fraction']:.0%}")
-    if result["precision"] != "float32":
+    if result["precision"] != "fp32":
         lines.append(f"in {result['precision']} a large convolution reaches "
                      f"{result['convolution_own_precision_gflop_per_second']:.0f}: "
                      f"{result['own_precision_conv_fraction']:.0%}")

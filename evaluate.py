@@ -34,7 +34,7 @@ from data_utils import (
     to_image,
 )
 from loss_identity import embed, load_face_network
-from model import arithmetic
+from model import PRECISIONS, autocast, fast_precision
 
 RESAMPLES = 10_000
 EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's zip, new, old
@@ -135,20 +135,20 @@ def batches(dataset, batch_size, device, indices=None):
 
 @torch.no_grad()
 def validate(netG, discriminate, dataset, face_network, known_embeddings, batch_size, device,
-             indices, autocast=nullcontext):
+             indices, context=nullcontext):
     """What training logs of its validation images after an epoch.
 
     -> (n, 6) tensor, one row per index: PSNR-Y (dB), SSIM, cosine, D's logits of HR and of SR, and
     the index. `known_embeddings` keeps HR's embeddings between epochs ({index: (512,)}).
     discriminate: function (hr, sr) -> their logits, (N,) each; without it (None: D has not begun
-    to learn) more than half of the arithmetic is spared and the logits are nan. autocast: the
-    context that the generator and the face network run in. netG is put into eval mode and left
-    there.
+    to learn) more than half of the arithmetic is spared and the logits are nan. context: what
+    the generator and the face network run in, see `model.autocast`. netG is put into eval mode and
+    left there.
     """
     netG.eval()
     rows = []
     for group, lr, _, hr in batches(dataset, batch_size, device, indices):
-        with autocast():
+        with context():
             sr = netG(lr).float()
             if any(i not in known_embeddings for i in group):
                 known_embeddings.update(zip(group, embed(face_network, hr)))
@@ -196,22 +196,28 @@ def load_judge(name):
 
 
 @torch.no_grad()
-def measure(models, dataset, embedders, batch_size, device, autocast=nullcontext):
+def measure(models, dataset, embedders, batch_size, device, context=nullcontext):
     """Every model on every image -> (per-image table, {(model, embedder): (n, D) array}).
 
     models: {name: function of (LR, bicubic, HR) -> SR}; embedders: {name: network}, the training
-    embedder first, under the name "cosine", then judges. autocast: the context that all of them
-    run in; the metrics are fp32.
+    embedder first, under the name "cosine", then judges. context: what models and training
+    embedder run in, see `model.autocast`; a judge may not bear it.
     """
+    def embeddings(images):
+        found = {}
+        for name, network in embedders.items():
+            with context() if name == "cosine" else nullcontext():
+                found[name] = embed(network, images)
+        return found
+
     rows, vectors = [], {(m, e): [] for m in models for e in embedders}
     bar = tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=None)
     for group, lr, restored, hr in batches(dataset, batch_size, device):
-        with autocast():
-            of_hr = {e: embed(network, hr) for e, network in embedders.items()}
+        of_hr = embeddings(hr)
         for name, model in models.items():
-            with autocast():
+            with context():
                 sr = model(lr, restored, hr).float()
-                of_sr = of_hr if sr is hr else {e: embed(n, sr) for e, n in embedders.items()}
+            of_sr = of_hr if sr is hr else embeddings(sr)
             columns = {"psnr_y": psnr_y(sr, hr), "ssim": ssim(sr, hr)}
             for e in embedders:
                 columns[e] = cosine(of_sr[e], of_hr[e])
@@ -370,8 +376,8 @@ def parse(argv=None):
              "be repeated")
     add("--batch_size", type=positive, default=20, help="images per batch")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32",
-        help="of the networks' arithmetic; auto is what training takes, and faster")
+    add("--precision", choices=("auto", *PRECISIONS), default="fp32",
+        help="of the networks' arithmetic, but for judges; auto: as training has it, and faster")
     add("--cache_gb", type=float, default=4.0, help="GiB of decoded pictures to hold in memory")
     add("--seed", type=not_negative, default=0, help="of the bootstrap")
     add("--out_dir", default="results", help="folder of the tables and the picture")
@@ -393,10 +399,11 @@ def main(argv=None):
     for network in embedders.values():
         network.to(device)
 
-    autocast, dtype = arithmetic(device, args.precision)
-    if dtype != torch.float32:
-        labels["computed in"] = str(dtype).removeprefix("torch.")
-    per_image, vectors = measure(models, dataset, embedders, args.batch_size, device, autocast)
+    precision = fast_precision(device) if args.precision == "auto" else args.precision
+    if precision != "fp32":
+        labels["cosine"] += f"; generators and it computed in {precision}"
+    per_image, vectors = measure(models, dataset, embedders, args.batch_size, device,
+                                 autocast(device, precision))
     summary = summarise(per_image, vectors, args.seed)
     summary["networks"] = "; ".join(labels.values())
     pairs = differences(per_image, args.seed)

@@ -14,21 +14,27 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def arithmetic(device, precision):
-    """How networks compute under --precision auto, fp32, bf16 or fp16 -> (context maker, dtype).
 
-    auto: bf16 on CUDA, fp16 where that is missing. A CPU with matrix units (AMX) convolves several
-    times as fast in bf16 as in fp32, others are faster in fp32. Weights, losses and metrics are
-    fp32 in any case.
+def fast_precision(device):
+    """The fastest of PRECISIONS on this device: what --precision auto means.
+
+    On CUDA bf16, or fp16 where that is missing. A CPU with matrix units (AMX) convolves several
+    times as fast in bf16 as in fp32, others are faster in fp32.
     """
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    elif precision == "auto":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch has none
-        precision = "bf16" if capabilities.get("amx_bf16") else "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32), dtype
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot tell
+    return "bf16" if capabilities.get("amx_bf16") else "fp32"
+
+
+def autocast(device, precision):
+    """Function that makes a context in which networks compute in one of PRECISIONS.
+
+    Weights, losses and metrics are fp32 in any case.
+    """
+    return partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 class Slope(torch.autograd.Function):

@@ -57,7 +57,15 @@ from loss_identity import (
     pixel_loss,
     real_loss,
 )
-from model import Discriminator, Generator, arithmetic, probability, remove_stripes_
+from model import (
+    PRECISIONS,
+    Discriminator,
+    Generator,
+    autocast,
+    fast_precision,
+    probability,
+    remove_stripes_,
+)
 
 # What each step logs, in this order; nan where a step left a term out.
 LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "score_g", "ratio")
@@ -263,8 +271,10 @@ def build(args, device, steps_per_epoch, world=1):
 
     run.scheduleG = torch.optim.lr_scheduler.LambdaLR(run.optimizerG, factor)
 
-    run.autocast, run.dtype = arithmetic(device, args.precision)
-    run.scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    if args.precision == "auto":
+        args.precision = fast_precision(device)  # noted with the flags: part of what the run is
+    run.autocast = autocast(device, args.precision)
+    run.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     run.scaler.scale(torch.zeros((), device=device))  # it makes its factor when it is first used
     # A CPU frees activations that it has done with; a GPU wants the whole batch. Sixteen images in
     # the frozen networks take no more than D does.
@@ -387,7 +397,6 @@ def describe(args, run, progress, train, valid, device, world):
                  "valid": {"n": len(valid), "hash": valid.digest()}},
         "seed": args.seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": str(run.dtype).removeprefix("torch."),
         "processes": world,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -753,8 +762,8 @@ def train(args):
         say(f"resumed {folder} at epoch {progress['epoch']}, step {progress['step'] + 1}")
     config = describe(args, run, progress, train_set, valid_set, device, world)
     say(f"{len(train_set)} training and {len(valid_set)} validation images; {world} process(es) on "
-        f"{config['device']}; VGG16: {config['networks']['vgg16']}, InceptionResnetV1: "
-        f"{config['networks']['inception_resnet_v1']}")
+        f"{config['device']} in {args.precision}; VGG16: {config['networks']['vgg16']}, "
+        f"InceptionResnetV1: {config['networks']['inception_resnet_v1']}")
 
     if args.pretrain_epochs >= args.num_epochs:
         say(f"the pixel loss alone: --pretrain_epochs {args.pretrain_epochs} leaves no GAN epoch "
@@ -939,7 +948,7 @@ def parse(argv=None):
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"),
+    add("--precision", choices=("auto", *PRECISIONS),
         help="of the networks' arithmetic in training; auto: bf16 on CUDA (fp16 where that is "
              "missing) and on a CPU with AMX, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,

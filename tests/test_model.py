@@ -10,7 +10,8 @@ from model import (
     PReLU,
     SubPixelConv2d,
     UpsampleBlock,
-    arithmetic,
+    autocast,
+    fast_precision,
     probability,
     remove_stripes_,
 )
@@ -129,16 +130,16 @@ def test_the_activation_keeps_the_precision_of_autocast():
     assert activation.weight.grad.item() == -32
 
 
-@pytest.mark.parametrize("amx, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_cpu_computes_in_bf16_where_it_has_matrix_units(amx, dtype, monkeypatch):
+@pytest.mark.parametrize("amx, precision, dtype", [(True, "bf16", torch.bfloat16),
+                                                   (False, "fp32", torch.float32)])
+def test_a_cpu_computes_in_bf16_where_it_has_matrix_units(amx, precision, dtype, monkeypatch):
     cpu, ones = torch.device("cpu"), torch.ones(1, 1)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
-    autocast, chosen = arithmetic(cpu, "auto")
-    with autocast():
-        assert (ones @ ones).dtype == chosen == dtype
-    assert arithmetic(cpu, "fp32")[1] == torch.float32
+    assert fast_precision(cpu) == precision
+    with autocast(cpu, precision)():
+        assert (ones @ ones).dtype == dtype
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older PyTorch
-    assert arithmetic(cpu, "auto")[1] == torch.float32
+    assert fast_precision(cpu) == "fp32"
 
 
 def test_sr_is_fp32_under_autocast():

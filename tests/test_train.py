@@ -144,16 +144,18 @@ def test_bf16_takes_nearly_the_same_step():
         assert torch.cosine_similarity(a, b, dim=0) > 0.95
 
 
-def test_compiled_networks_take_the_same_step(monkeypatch):
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_compiled_networks_take_the_same_step(precision, tolerance, monkeypatch):
     """Both backwards through D's one pass included; with a backend that needs no C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     runs = []
     for more in ([], ["--compile"]):
-        run, lr, hr = small_run("--alpha", "0", "--gamma", "0", "--beta", "0.1", *more)
+        run, lr, hr = small_run("--alpha", "0", "--gamma", "0", "--beta", "0.1", "--precision",
+                                precision, *more)
         values = train_identity.train_step(run, lr, hr, None, True, False)
         runs.append((run, values.nan_to_num(0)))
     (plain, expected), (compiled, values) = runs
-    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(values, expected, rtol=tolerance, atol=1e-6)
     for name in ("netG", "netD"):
         ours, theirs = getattr(compiled, name), getattr(plain, name)
         assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -502,6 +504,22 @@ def interrupt(monkeypatch, at_update, number):
         original(run, with_gan)
 
     monkeypatch.setattr(train_identity, "apply_updates", apply_updates)
+
+
+def test_resume_is_bit_identical_in_bf16(faces, tmp_path, monkeypatch):
+    """The precision that auto was is the run's from then on, wherever it is resumed."""
+    monkeypatch.setattr(train_identity, "fast_precision", lambda device: "bf16")
+    run = flags(faces, tmp_path / "whole", "--precision", "auto")
+    train_identity.main(run)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["flags"][
+        "precision"] == "bf16"
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_identity.main([*run, "--out_dir", str(tmp_path / "halves")])
+    monkeypatch.setattr(train_identity, "fast_precision", lambda device: "fp32")
+    train_identity.main(["--resume", "--out_dir", str(tmp_path / "halves")])
+    assert_same_bits(weights(tmp_path / "halves"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("at_update, number", [(1, signal.SIGTERM), (3, signal.SIGINT),
