@@ -50,10 +50,10 @@ class TinyDiscriminator(nn.Module):
 
 def flags(folder):
     return ["--train_dir", f"{folder}/train", "--valid_dir", f"{folder}/valid", "--crop_size", "32",
-            "--upscale_factor", "2", "--batch_size", "16", "--lazy", "1", "--precision", "fp32",
-            "--warm_epochs", "1", "--epochs", "2", "--last_k", "2", "--seeds", "1", "2", "--gamma",
-            "30", "--judge", f"{folder}/judge.pt", "--out_dir", f"{folder}/runs",
-            "--results_dir", f"{folder}/results"]
+            "--upscale_factor", "2", "--batch_size", "16", "--lazy", "1", "--device", "cpu",
+            "--precision", "fp32", "--warm_epochs", "1", "--epochs", "2", "--last_k", "2",
+            "--seeds", "1", "2", "--gamma", "30", "--judge", f"{folder}/judge.pt",
+            "--out_dir", f"{folder}/runs", "--results_dir", f"{folder}/results"]
 
 
 def modified(folder):
