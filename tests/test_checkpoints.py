@@ -323,6 +323,11 @@ def test_the_shipped_generator_is_the_one_of_the_last_epoch(tmp_path, monkeypatc
                                                                          100)
 
 
+def test_the_shipped_generator_is_there():
+    """A fresh clone once lacked it: .gitignore named the one before."""
+    assert checkpoints.load_generator(checkpoints.shipped_generator()).scale_factor == 8
+
+
 def test_the_shipped_generator_is_found_where_a_run_has_just_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "checkpoints.py"))
     (tmp_path / "epochs").mkdir()
