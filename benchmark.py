@@ -237,8 +237,8 @@ def worker(role, flags, folder, pipe):
             lambda: reference_evaluation(run, valid, device, with_d=False), device),
         "data loading": lambda: timed(
             lambda: list(DataLoader(train, batch_size=flags.batch_size)), device),
-        "convolution": lambda: (convolution_rate(device, torch.float32),
-                                convolution_rate(device, PRECISIONS[flags.precision])),
+        "convolution": lambda: {precision: convolution_rate(device, PRECISIONS[precision])
+                                for precision in {"fp32", flags.precision}},
         "precision": lambda: flags.precision,  # build() has put the machine's for auto
         "flop": lambda: step_flop(run, lr[:1], hr[:1]),
         "parts": lambda: {name: in_training(part)
@@ -331,9 +331,10 @@ def benchmark(args):
     result["memory_ratio"] = result["memory_gib"] / result["reference_memory_gib"]
     result["gflop_per_image"] = flop / 1e9
     result["gflop_per_second"] = flop / 1e9 * ours["train"]
-    for name, rate in zip(("", "own_precision_"), zip(*rates)):
-        result[f"convolution_{name}gflop_per_second"] = statistics.median(rate)
-        result[f"{name}conv_fraction"] = result["gflop_per_second"] / statistics.median(rate)
+    for name, precision in (("", "fp32"), ("own_precision_", result["precision"])):
+        rate = statistics.median(r[precision] for r in rates)
+        result[f"convolution_{name}gflop_per_second"] = rate
+        result[f"{name}conv_fraction"] = result["gflop_per_second"] / rate
     result["parts_seconds_per_image"] = {
         name: statistics.mean(p[name] for p in parts) / args.batch_size for name in parts[0]}
     return result
