@@ -8,7 +8,6 @@ given again goes on where it stopped and passes by what is finished.
 """
 
 import argparse
-import json
 import shlex
 import signal
 import sys
@@ -16,18 +15,26 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-import checkpoints
 import evaluate
-import figures
 import train_identity
-from data_utils import InputError, not_negative, positive, run_script
+from data_utils import load_data
 from loss_identity import PRESETS
-from model import PRECISIONS, fast_precision
+from support import checkpoints, figures, run_folder
+from support.cli import (
+    HelpFormatter,
+    InputError,
+    log,
+    markdown_table,
+    not_negative,
+    positive,
+    run_script,
+)
+from support.machine import fast_precision, keep_freed_memory, set_up_machine
 
-HANDED_ON = ("train_dir", "valid_dir", "crop_size", "upscale_factor", "batch_size", "lr", "lazy",
-             "device", "precision", "vgg_weights", "face_weights")  # to train_identity.py
+# Flags of train_identity.py that the ablation itself gives to each run.
+OWN_FLAGS = ("--out_dir", "--preset", "--alpha", "--beta", "--seed", "--num_epochs",
+             "--pretrain_epochs", "--resume", "--overwrite", "--config", "--demo")
 LOGGED = {"psnr_y": "PSNR", "ssim": "SSIM", "cosine": "Cosine", "d_accuracy": "D_accuracy"}
 TITLES = {"psnr_y": "PSNR-Y (dB)", "ssim": "SSIM", "cosine": "cosine", "d_accuracy": "D accuracy"}
 BLEND = [step / 10 for step in range(11)]  # weights of identity against visual
@@ -44,23 +51,13 @@ def configurations(gammas):
     return flags | {f"gamma_{g:g}": ["--preset", "identity", "--gamma", str(g)] for g in gammas}
 
 
-def read_config(folder):
-    """A run's config.json."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder}/config.json: not that of a run ({error}); remove {folder} to "
-                         "train it again") from None
-
-
-def refuse_changes(folder, wanted, data):
+def check_unchanged(folder, wanted, data):
     """Raise InputError if the run in `folder` has other flags, start or photographs than wanted."""
-    config = read_config(folder)
-    then, now = config.get("flags", {}), train_identity.run_flags(wanted)
-    free = (train_identity.FREE_ON_RESUME | {"start"}) - {"num_epochs", "precision"}
-    changed = [f"--{name} {then.get(name)} -> {value}" for name, value in now.items()
-               if name not in free and then.get(name) != value]
-    if config.get("start") != (wanted.start and train_identity.file_digest(wanted.start)):
+    config = checkpoints.read_config(folder / "config.json")
+    then = run_folder.stored_flags(config["flags"], wanted, folder / "config.json")
+    changed = run_folder.changed_flags(
+        then, run_folder.run_flags(wanted), (run_folder.MACHINE_FLAGS | {"start"}) - {"precision"})
+    if config.get("start") != (wanted.start and run_folder.file_digest(wanted.start)):
         changed.append("the generator that it starts from")
     if config.get("data") != data:
         changed.append("the photographs")
@@ -80,41 +77,42 @@ def train_run(folder, flags, data, again):
     finished = checkpoints.generator_path(folder, wanted.upscale_factor, wanted.num_epochs).exists()
     begun = (folder / "last.pt").exists()
     if finished or begun:
-        refuse_changes(folder, wanted, data)
+        check_unchanged(folder, wanted, data)
     if finished:
-        train_identity.say(f"{folder} is finished")
+        log(f"{folder} is finished")
         return
-    train_identity.say(f"{folder}:")
+    log(f"{folder}:")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         train_identity.main(flags + ["--resume"] * begun)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     except SystemExit:  # SIGINT or SIGTERM: it has saved what it had
-        train_identity.say(f"the ablation stopped in {folder}; go on with:\n  {again}")
+        log(f"the ablation stopped in {folder}; go on with:\n  {again}")
         raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def train_all(args, handed_on, data, again):
+def train_all(args, training, data, again):
     """(path of the warm start, {(configuration, seed): folder}), everything trained.
 
-    handed_on: flags that all runs share.
+    training: flags of train_identity.py that all runs share.
     """
     folder, start = Path(args.out_dir), args.start
     if not start:
         epochs = str(args.warm_epochs)
-        train_run(folder / "warm", [*handed_on, "--preset", "baseline", "--num_epochs", epochs,
+        train_run(folder / "warm", [*training, "--preset", "baseline", "--num_epochs", epochs,
                                     "--pretrain_epochs", epochs], data, again)
-        start = checkpoints.generator_path(folder / "warm", args.upscale_factor, args.warm_epochs)
+        factor = train_identity.parse(training).upscale_factor
+        start = checkpoints.generator_path(folder / "warm", factor, args.warm_epochs)
     runs = {}
     for seed in args.seeds:  # one whole comparison after the other
         for name, flags in configurations(args.gamma).items():
             runs[name, seed] = folder / f"{name}_seed{seed}"
             train_run(runs[name, seed], [
-                *handed_on, *flags, "--start", str(start), "--pretrain_epochs", "0",
+                *training, *flags, "--start", str(start), "--pretrain_epochs", "0",
                 "--num_epochs", str(args.epochs), "--seed", str(seed)], data, again)
     return start, runs
 
@@ -129,18 +127,15 @@ def measure_all(args, start, runs, valid_set, embedders, device):
     -> (per image and model, per model) as `evaluate.measure` and `evaluate.summarise` have them;
     a run is called by its folder, a blend is "blend 0.3".
     """
-    paths = {key: checkpoints.generator_path(folder, args.upscale_factor, args.epochs)
+    factor = checkpoints.load_generator(start).scale_factor
+    paths = {key: checkpoints.generator_path(folder, factor, args.epochs)
              for key, folder in runs.items()}
     networks = {"warm start": checkpoints.load_generator(start)}
     networks |= {runs[key].name: checkpoints.load_generator(path) for key, path in paths.items()}
     ends = [paths[name, args.seeds[0]] for name in ("visual", "identity")]
     networks |= {f"blend {weight:g}": checkpoints.load_blend(*ends, weight) for weight in BLEND}
-    models = {"bicubic": lambda lr, restored, hr: restored}
-    for name, netG in networks.items():
-        netG.to(device, memory_format=torch.channels_last)
-        models[name] = lambda lr, restored, hr, netG=netG: netG(lr)
-    models["HR"] = lambda lr, restored, hr: hr
-    per_image, vectors = evaluate.measure(models, valid_set, embedders, args.batch_size, device)
+    models = evaluate.as_models(networks, device)
+    per_image, vectors = evaluate.measure(models, valid_set, embedders, evaluate.BATCH, device)
     return per_image, evaluate.summarise(per_image, vectors, seed=0)
 
 
@@ -243,17 +238,12 @@ def conditions(args, config):
     flags, data, networks = config["flags"], config["data"], config["networks"]
     start = args.start or f"{args.warm_epochs} epochs of the pixel loss alone"
     return (f"{data['train']['n']} training and {data['valid']['n']} validation photographs, "
-            f"{args.crop_size} px, {args.upscale_factor}x. Each run: {args.epochs} epochs from the "
-            f"same warm start ({start}; SHA-256 {config['start'][:12]}), seeds "
-            f"{', '.join(map(str, args.seeds))}, batches of {args.batch_size}, learning rate "
-            f"{args.lr:g}, adversarial loss {flags['gan_loss']}, adversarial and perceptual terms "
-            f"every {args.lazy} step(s), {flags['precision']}. Networks: VGG16 "
+            f"{flags['crop_size']} px, {flags['upscale_factor']}x. Each run: {args.epochs} epochs "
+            f"from the same warm start ({start}; SHA-256 {config['start'][:12]}), seeds "
+            f"{', '.join(map(str, args.seeds))}, batches of {flags['batch_size']}, learning rate "
+            f"{flags['lr']:g}, {flags['precision']}; departures from the report left out: "
+            f"{', '.join(flags['without']) or 'none'}. Networks: VGG16 "
             f"{networks['vgg16']}; InceptionResnetV1 {networks['inception_resnet_v1']}.")
-
-
-def markdown_table(head, rows):
-    """Lines of a Markdown table."""
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def report(args, words, summary, labels, pairs, last, weights):
@@ -309,12 +299,13 @@ def wide(summary, pairs, last, weights):
 
 
 def parse(argv=None):
+    """The ablation's own flags; `.training` holds the others, which are train_identity.py's."""
     parser = argparse.ArgumentParser(
-        description="Train the report's weightings from one warm start with the same seeds and "
-                    "batches, and compare them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train the report's weightings from one warm start with the same seeds and\n"
+                    "batches, and compare them. Every other flag goes to train_identity.py, for\n"
+                    "all runs alike: --train_dir, --batch_size, --lr, --without, --device, ...",
+        formatter_class=HelpFormatter, allow_abbrev=False,
         epilog="example: python ablation.py --gamma 3 10 --seeds 0 1 2 --judge casia-webface")
-    theirs = train_identity.parse([])
     add = parser.add_argument_group("what").add_argument
     add("--gamma", nargs="+", type=float, default=[],
         help="further identity weights, with alpha and beta of the identity preset")
@@ -323,22 +314,6 @@ def parse(argv=None):
     add("--warm_epochs", type=positive, default=50,
         help="epochs of that one, with the pixel loss alone")
     add("--epochs", type=positive, default=50, help="epochs of each run from there")
-    add = parser.add_argument_group("training, as train_identity.py has them").add_argument
-    add("--train_dir", default=theirs.train_dir, help="folder of training photographs")
-    add("--valid_dir", default=theirs.valid_dir, help="folder of validation photographs")
-    add("--crop_size", type=positive, default=theirs.crop_size, help="HR size in px")
-    add("--upscale_factor", type=int, choices=(2, 4, 8), default=theirs.upscale_factor,
-        help="HR size / LR size")
-    add("--batch_size", type=positive, default=theirs.batch_size, help="images per update")
-    add("--lr", type=float, default=theirs.lr, help="Adam's learning rate of the generator")
-    add("--lazy", type=positive, default=theirs.lazy,
-        help="adversarial and perceptual terms every k-th step, at k times the weight")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--precision", choices=("auto", *PRECISIONS), default=theirs.precision,
-        help="of the networks' arithmetic in training")
-    add("--vgg_weights", default=theirs.vgg_weights, help="imagenet, random, or a path")
-    add("--face_weights", default=theirs.face_weights,
-        help="vggface2, casia-webface, random, or a path")
     add = parser.add_argument_group("evaluation").add_argument
     add("--last_k", type=positive, default=10, help="epochs to average at the end of each run")
     add("--judge", action="append", default=[], metavar="NAME|PATH",
@@ -346,30 +321,33 @@ def parse(argv=None):
     add = parser.add_argument_group("where").add_argument
     add("--out_dir", default="epochs/ablation", help="folder of the runs' folders")
     add("--results_dir", default="results", help="folder of ablation.csv, .md and .png")
-    args = parser.parse_args(argv)
+    args, args.training = parser.parse_known_args(argv)
+    for flag in args.training:
+        if flag.split("=")[0] in OWN_FLAGS:
+            raise InputError(f"{flag}: the ablation sets it for each run; leave it out")
     args.seeds = list(dict.fromkeys(args.seeds))
     args.last_k = min(args.last_k, args.epochs)
     return args
 
 
 def main(argv=None):
-    train_identity.keep_freed_memory()
+    keep_freed_memory()
     args = parse(argv)
     again = shlex.join(["python", "ablation.py", *(sys.argv[1:] if argv is None else argv)])
     # what could be refused after hours of training is loaded before
-    embedders, labels = evaluate.load_embedders(args.face_weights, args.judge)
-    handed_on = [text for name in HANDED_ON for text in (f"--{name}", str(getattr(args, name)))]
-    settings = train_identity.parse(handed_on)
-    device, _, _ = train_identity.set_up_machine(settings)
-    if args.precision == "auto":  # the same for all runs, also if some are made on another machine
-        handed_on += ["--precision", fast_precision(device)]
+    training = args.training
+    settings = train_identity.parse(training)
+    embedders, labels = evaluate.load_embedders(settings.face_weights, args.judge)
+    device, _, _ = set_up_machine(settings.device)
+    if settings.precision == "auto":  # one for all runs, also if another machine makes some
+        training = [*training, "--precision", fast_precision(device)]
     for flags in configurations(args.gamma).values():
-        train_identity.parse([*handed_on, *flags])
-    train_set, valid_set = train_identity.load_data(settings)
+        train_identity.parse([*training, *flags])
+    train_set, valid_set = load_data(settings)
     data = {name: {"n": len(photographs), "hash": photographs.digest()}
             for name, photographs in (("train", train_set), ("valid", valid_set))}
     del train_set  # each run reads its own
-    start, runs = train_all(args, handed_on, data, again)
+    start, runs = train_all(args, training, data, again)
 
     for network in embedders.values():
         network.to(device)
@@ -377,7 +355,8 @@ def main(argv=None):
     averaged, summary = average_seeds(per_image, per_run, runs)
     pairs, curves = differences(averaged, per_run, runs), learning_curves(runs)
     last = last_epochs(curves, args.last_k)
-    configs = {name: read_config(folder) for (name, _), folder in runs.items()}
+    configs = {name: checkpoints.read_config(folder / "config.json")
+               for (name, _), folder in runs.items()}
     weights = {name: {term: config["flags"][term] for term in ("alpha", "beta", "gamma")}
                for name, config in configs.items()}
     words = conditions(args, configs["baseline"])

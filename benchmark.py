@@ -5,7 +5,7 @@
 
 Two training steps alternate, A/B/A/B, each in a process of its own (so that neither has the other's
 allocator settings, and each has its own peak of memory): the project's
-(`train_identity.train_step`) and a reference with the structure of the report's published script:
+(`training_step.train_step`) and a reference with the structure of the report's published script:
 an extra generator and discriminator pass per step, targets computed anew, NCHW, fp32. Networks,
 losses and mathematics are the same; `tests/test_train.py` compares their losses and updates.
 """
@@ -20,24 +20,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoints
 import evaluate
-import figures
 import train_identity
-from data_utils import (
-    InputError,
-    TrainDatasetFromFolder,
-    ValidDatasetFromFolder,
-    positive,
-    run_script,
-    synthetic_portraits,
-    to_image,
-)
-from loss_identity import embed, fake_loss, pixel_loss, real_loss
-from model import PRECISIONS
+import training_step
+from data_utils import TrainDatasetFromFolder, ValidDatasetFromFolder
+from loss_identity import adversarial_loss, embed, fake_loss, pixel_loss, real_loss
+from support import checkpoints, figures
+from support.cli import HelpFormatter, InputError, positive, run_script
+from support.machine import PRECISIONS, choose_device, keep_freed_memory, set_up_machine
+from support.portraits import synthetic_portraits
 
 # ---------------------------------------------------------------------------------------------
 # The reference: what the report's published script does
@@ -48,57 +43,60 @@ def plain_generator(netG, lr):
     x = netG.first(lr)
     x = x + netG.skip(netG.residual(x))
     for block in netG.upsample:
-        x = block(x)
+        x = F.pixel_shuffle(block(x), 2)
     x = F.conv2d(x, netG.last.weight, netG.last.bias, padding=4)
     return (torch.tanh(x) + 1) / 2
 
 
-def reference_step(run, lr, hr):
+def reference_step(trainer, lr, hr):
     """One update of both networks, every term of L_total on the whole batch at once -> terms."""
-    sr = plain_generator(run.netG, lr)
-    if run.separate_d:
-        real_logits, fake_logits = run.netD(hr), run.netD(sr)
+    sr = plain_generator(trainer.netG, lr)
+    if not trainer.mixed_batches:
+        real_logits, fake_logits = trainer.netD(hr), trainer.netD(sr)
     else:
-        halves = [run.netD(torch.cat(pair)).chunk(2) for pair in zip(hr.chunk(2), sr.chunk(2))]
+        halves = [trainer.netD(torch.cat(pair)).chunk(2)
+                  for pair in zip(hr.chunk(2), sr.chunk(2))]
         real_logits, fake_logits = (torch.cat(logits) for logits in zip(*halves))
-    loss_d = (real_loss(run.loss.gan_loss, real_logits)
-              + fake_loss(run.loss.gan_loss, fake_logits))
-    run.netD.zero_grad()
+    loss_d = (real_loss(trainer.loss.gan_loss, real_logits)
+              + fake_loss(trainer.loss.gan_loss, fake_logits))
+    trainer.netD.zero_grad()
     loss_d.backward(retain_graph=True)
-    gradients_d = [p.grad for p in run.netD.parameters()]
+    gradients_d = [p.grad for p in trainer.netD.parameters()]
 
-    run.netG.zero_grad()
-    run.netD.zero_grad()
-    total, terms = run.loss(sr, hr, fake_logits)
-    total.backward()
-    for parameter, gradient in zip(run.netD.parameters(), gradients_d):
+    trainer.netG.zero_grad()
+    trainer.netD.zero_grad()
+    content, identity = trainer.loss.perceptual(sr, trainer.loss.targets(hr))
+    terms = {"pixel": pixel_loss(sr, hr), "content": content, "identity": identity,
+             "adversarial": adversarial_loss(trainer.loss.gan_loss, fake_logits)}
+    trainer.loss.total(terms).backward()
+    for parameter, gradient in zip(trainer.netD.parameters(), gradients_d):
         parameter.grad = gradient  # not what the generator's loss left there
-    run.optimizerD.step()
-    run.optimizerG.step()
+    trainer.optimizerD.step()
+    trainer.optimizerG.step()
 
-    run.netD(plain_generator(run.netG, lr)).mean().item()  # the published script's, for its log
+    trainer.netD(plain_generator(trainer.netG, lr)).mean().item()  # the published one's, logged
     return {name: term.item() for name, term in terms.items()} | {"loss_d": loss_d.item()}
 
 
-def reference_pixel_step(run, lr, hr):
+def reference_pixel_step(trainer, lr, hr):
     """One update with the pixel loss alone."""
-    run.netG.zero_grad()
-    pixel_loss(plain_generator(run.netG, lr), hr).backward()
-    run.optimizerG.step()
+    trainer.netG.zero_grad()
+    pixel_loss(plain_generator(trainer.netG, lr), hr).backward()
+    trainer.optimizerG.step()
 
 
 @torch.no_grad()
-def reference_evaluation(run, dataset, device, with_d):
+def reference_evaluation(trainer, dataset, device, with_d):
     """Image after image, HR's embedding anew each time; in training also D's opinion of both."""
-    run.netG.eval()
-    run.netD.eval()
+    trainer.netG.eval()
+    trainer.netD.eval()
     for index in range(len(dataset)):
         lr, _, hr = (x[None].to(device) for x in dataset[index])
-        sr = plain_generator(run.netG, lr)
+        sr = plain_generator(trainer.netG, lr)
         (evaluate.psnr_y(sr, hr).item(), evaluate.ssim(sr, hr).item(),
-         evaluate.cosine(embed(run.face_network, sr), embed(run.face_network, hr)).item())
+         evaluate.cosine(embed(trainer.face_network, sr), embed(trainer.face_network, hr)).item())
         if with_d:
-            run.netD(hr).item(), run.netD(sr).item()
+            trainer.netD(hr).item(), trainer.netD(sr).item()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ def convolution_rate(device, dtype):
 
 
 @torch.no_grad()
-def step_flop(run, lr, hr):
+def step_flop(trainer, lr, hr):
     """FLOP of the step's mathematics for one image: (1, 3, h, w), (1, 3, H, W).
 
     A backward pass to parameters and input costs two forwards, one to the input alone costs one.
@@ -141,50 +139,91 @@ def step_flop(run, lr, hr):
     """
     total = 0
     for passes, function in (
-            (3, lambda: plain_generator(run.netG, lr)),
-            (7 if run.separate_d else 8, lambda: run.netD(hr)),
-            (2, lambda: run.loss.vgg(hr)), (2, lambda: embed(run.face_network, hr))):
+            (3, lambda: plain_generator(trainer.netG, lr)),
+            (8 if trainer.mixed_batches else 7, lambda: trainer.netD(hr)),
+            (2, lambda: trainer.loss.vgg(hr)), (2, lambda: embed(trainer.face_network, hr))):
         with FlopCounterMode(display=False) as counter:
             function()
         total += passes * counter.get_total_flops()
     return total
 
 
-def step_parts(run, lr, hr, targets):
+def step_parts(trainer, lr, hr, targets):
     """{part: function} of the project's step, each a piece that can be timed by itself."""
-    sr = run.netG(lr).detach()
+    sr = trainer.netG(lr).detach()
     gradient = torch.rand_like(sr)
 
     def generator():
-        with run.autocast():
-            image = run.ddpG(lr, run.recompute)
+        with trainer.autocast():
+            image = trainer.ddpG(lr, trainer.checkpoint_chunk)
         image.backward(gradient)
 
     def discriminator():
-        train_identity.play(run, sr.clone().requires_grad_(), hr, {}, 1.0, 1.0)
+        training_step.discriminator_step(
+            trainer, sr.clone().requires_grad_(), hr, {}, 1.0)
 
     def only(alpha, gamma):
-        kept = run.loss.alpha, run.loss.gamma
-        run.loss.alpha, run.loss.gamma = kept[0] * alpha, kept[1] * gamma
-        with run.autocast():
-            run.loss.perceptual_gradient(sr, targets, run.chunk)
-        run.loss.alpha, run.loss.gamma = kept
+        kept = trainer.loss.alpha, trainer.loss.gamma
+        trainer.loss.alpha, trainer.loss.gamma = kept[0] * alpha, kept[1] * gamma
+        with trainer.autocast():
+            trainer.loss.perceptual_gradient(sr, targets, trainer.chunk)
+        trainer.loss.alpha, trainer.loss.gamma = kept
 
     return {"generator": generator, "discriminator": discriminator,
             "content": lambda: only(1, 0), "identity": lambda: only(0, 1),
-            "optimisers": lambda: train_identity.apply_updates(run, with_gan=True)}
+            "optimisers": lambda: training_step.apply_updates(trainer, with_gan=True)}
+
+
+def project_functions(trainer, flags, lr, hr, valid):
+    """{question: function} of what the project does in training and in evaluate.py."""
+    targets = []
+
+    def step():
+        if not targets:  # training computes them once and keeps them
+            with trainer.autocast():
+                targets.extend(training_step.cached_targets(trainer.loss, {}, range(len(hr)), hr))
+        training_step.train_step(trainer, lr, hr, targets, True, True)
+        training_step.apply_updates(trainer, with_gan=True)
+
+    def pixel_step():
+        training_step.train_step(trainer, lr, hr, None, False, False)
+        training_step.apply_updates(trainer, with_gan=False)
+
+    def validation():
+        discriminate = training_step.validation_discriminator(trainer)
+        evaluate.validate(trainer.average, discriminate, valid, trainer.face_network,
+                          trainer.hr_embedding_cache, trainer.device, range(len(valid)),
+                          trainer.autocast)
+
+    def evaluation():
+        evaluate.measure({"SR": lambda lr, restored, hr: trainer.average.eval()(lr)}, valid,
+                         {"cosine": trainer.face_network}, evaluate.BATCH, trainer.device,
+                         trainer.autocast)
+
+    return {"step": step, "pixel step": pixel_step, "validation": validation,
+            "evaluation": evaluation, "parts": lambda: step_parts(trainer, lr, hr, targets)}
+
+
+def reference_functions(trainer, flags, lr, hr, valid):
+    """The same questions to the reference."""
+    return {"step": lambda: reference_step(trainer, lr, hr),
+            "pixel step": lambda: reference_pixel_step(trainer, lr, hr),
+            "validation": lambda: reference_evaluation(trainer, valid, trainer.device, with_d=True),
+            "evaluation": lambda: reference_evaluation(trainer, valid, trainer.device,
+                                                       with_d=False)}
 
 
 def worker(role, flags, folder, pipe):
-    """Answer the parent's requests with seconds (or other figures) until it sends None."""
-    if role == "project":
-        train_identity.keep_freed_memory()
-        device, _, _ = train_identity.set_up_machine(flags)
+    """Answer the parent's questions with seconds (or other figures) until it sends None."""
+    project = role == "project"
+    if project:
+        keep_freed_memory()
+        device, _, _ = set_up_machine(flags.device)
     else:
-        device = torch.device("cuda" if flags.device == "cuda" else "cpu")
-    run = train_identity.build(flags, device, 1)
-    layout = torch.channels_last if role == "project" else torch.contiguous_format
-    for network in (run.netG, run.netD, run.loss):
+        device = choose_device(flags.device)
+    trainer = training_step.build_trainer(flags, device, 1)
+    layout = torch.channels_last if project else torch.contiguous_format
+    for network in (trainer.netG, trainer.netD, trainer.loss.vgg, trainer.face_network):
         network.to(memory_format=layout)
     hr = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) / 255
                       for p in synthetic_portraits(flags.batch_size, flags.crop_size, 0)])
@@ -193,62 +232,29 @@ def worker(role, flags, folder, pipe):
     lr, hr = (x.to(device).contiguous(memory_format=layout) for x in (lr, hr))
     valid = ValidDatasetFromFolder(folder, flags.crop_size, flags.upscale_factor)
     train = TrainDatasetFromFolder(folder, flags.crop_size, flags.upscale_factor)
-    everyone = range(len(valid))
-    targets = None
-
-    def project_step():
-        nonlocal targets
-        if targets is None:  # training computes them once and keeps them
-            with run.autocast():
-                targets = train_identity.cached_targets(run.loss, {}, list(range(len(hr))), hr)
-        train_identity.train_step(run, lr, hr, targets, True, True)
-        train_identity.apply_updates(run, with_gan=True)
-
-    def project_pixel_step():
-        train_identity.train_step(run, lr, hr, None, False, False)
-        train_identity.apply_updates(run, with_gan=False)
-
-    def project_validation():
-        discriminate = train_identity.discriminator_at_work(run, device)
-        evaluate.validate(run.average, discriminate, valid, run.face_network,
-                          run.known_embeddings, flags.valid_batch, device, everyone,
-                          run.autocast)
-
-    def project_evaluation():
-        evaluate.measure({"SR": lambda lr, restored, hr: run.average.eval()(lr)}, valid,
-                         {"cosine": run.face_network}, flags.valid_batch, device, run.autocast)
+    functions = (project_functions if project else reference_functions)(
+        trainer, flags, lr, hr, valid)
 
     def in_training(function):
-        run.netG.train()
-        run.netD.train()
+        trainer.netG.train()
+        trainer.netD.train()
         return timed(function, device)
 
-    project = role == "project"
     answers = {
-        "step": lambda: in_training(project_step if project else
-                                    lambda: reference_step(run, lr, hr)),
-        "pixel step": lambda: in_training(project_pixel_step if project else
-                                          lambda: reference_pixel_step(run, lr, hr)),
-        "validation": lambda: timed(
-            project_validation if project else
-            lambda: reference_evaluation(run, valid, device, with_d=True), device),
-        "evaluation": lambda: timed(
-            project_evaluation if project else
-            lambda: reference_evaluation(run, valid, device, with_d=False), device),
         "data loading": lambda: timed(
             lambda: list(DataLoader(train, batch_size=flags.batch_size)), device),
         "convolution": lambda: {precision: convolution_rate(device, PRECISIONS[precision])
                                 for precision in {"fp32", flags.precision}},
-        "precision": lambda: flags.precision,  # build() has put the machine's for auto
-        "flop": lambda: step_flop(run, lr[:1], hr[:1]),
-        "parts": lambda: {name: in_training(part)
-                          for name, part in step_parts(run, lr, hr, targets).items()},
+        "precision": lambda: flags.precision,  # build_trainer has put the machine's for auto
+        "flop": lambda: step_flop(trainer, lr[:1], hr[:1]),
+        "parts": lambda: {name: in_training(part) for name, part in functions["parts"]().items()},
         # on Linux ru_maxrss is in KiB
         "memory": lambda: (torch.cuda.max_memory_allocated() if device.type == "cuda" else
                            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30,
     }
     while (question := pipe.recv()) is not None:
-        pipe.send(answers[question]())
+        pipe.send(answers[question]() if question in answers else
+                  in_training(functions[question]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,26 +282,30 @@ def compare(project, reference, question, rounds, images):
     return images / ours, images / theirs, statistics.median(b / a for a, b in pairs)
 
 
-def benchmark(args):
-    """Run everything -> {name: figure}, printing a table on the way."""
+def start_workers(args, folder):
+    """({role: pipe}, processes): the two that take turns, on drawn portraits in `folder`."""
     flags = train_identity.parse([
         "--batch_size", str(args.batch_size), "--crop_size", str(args.crop_size), "--device",
         args.device, "--precision", args.precision, "--vgg_weights", "random", "--face_weights",
-        "random", "--max_ratio", "0", *["--compile"] * args.compile])
+        "random", "--without", "ratio_bound"])
+    for i, portrait in enumerate(synthetic_portraits(args.valid_images, args.crop_size, 1)):
+        figures.save_image(Image.fromarray(portrait), Path(folder, f"{i:03}.png"))
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        for i, portrait in enumerate(synthetic_portraits(args.valid_images, args.crop_size, 1)):
-            figures.save_image(to_image(torch.from_numpy(portrait.copy()).permute(2, 0, 1) / 255),
-                               Path(folder, f"{i:03}.png"))
-        for role in ("project", "reference"):
-            pipes[role], end = context.Pipe()
-            process = context.Process(target=worker, args=(role, flags, folder, end), daemon=True)
-            process.start()
-            end.close()
-            processes.append(process)
-        project, reference = pipes["project"], pipes["reference"]
+    for role in ("project", "reference"):
+        pipes[role], end = context.Pipe()
+        process = context.Process(target=worker, args=(role, flags, folder, end), daemon=True)
+        process.start()
+        end.close()
+        processes.append(process)
+    return pipes, processes
 
+
+def benchmark(args):
+    """Run everything -> {name: figure}."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = start_workers(args, folder)
+        project, reference = pipes["project"], pipes["reference"]
         ours, theirs = {}, {}
         result = {"batch_size": args.batch_size, "device": args.device,
                   "threads": torch.get_num_threads(), "precision": ask(project, "precision")}
@@ -318,26 +328,29 @@ def benchmark(args):
         seconds = statistics.median(ask(project, "data loading") for _ in range(args.rounds))
         result["data_images_per_second"] = args.valid_images / seconds
         parts = [ask(project, "parts") for _ in range(2)]
-        flop = ask(project, "flop")
+        result["gflop_per_image"] = ask(project, "flop") / 1e9
         for pipe in pipes.values():
             pipe.send(None)
         for process in processes:
             process.join()
-
-    result |= {f"{name}_images_per_second": value for name, value in ours.items()}
-    result["reference_images_per_second"] = theirs["train"]
-    result |= {f"reference_{name}_images_per_second": theirs[name]
-               for name in ("pixel", "validation", "evaluation")}
-    result["memory_ratio"] = result["memory_gib"] / result["reference_memory_gib"]
-    result["gflop_per_image"] = flop / 1e9
-    result["gflop_per_second"] = flop / 1e9 * ours["train"]
-    for name, precision in (("", "fp32"), ("own_precision_", result["precision"])):
-        rate = statistics.median(r[precision] for r in rates)
-        result[f"convolution_{name}gflop_per_second"] = rate
-        result[f"{name}conv_fraction"] = result["gflop_per_second"] / rate
     result["parts_seconds_per_image"] = {
         name: statistics.mean(p[name] for p in parts) / args.batch_size for name in parts[0]}
-    return result
+    return result | derived(result, ours, theirs, rates)
+
+
+def derived(result, ours, theirs, rates):
+    """What follows from the measured: {name: figure}."""
+    more = {f"{name}_images_per_second": value for name, value in ours.items()}
+    more["reference_images_per_second"] = theirs["train"]
+    more |= {f"reference_{name}_images_per_second": theirs[name]
+             for name in ("pixel", "validation", "evaluation")}
+    more["memory_ratio"] = result["memory_gib"] / result["reference_memory_gib"]
+    more["gflop_per_second"] = result["gflop_per_image"] * ours["train"]
+    for name, precision in (("", "fp32"), ("own_precision_", result["precision"])):
+        rate = statistics.median(r[precision] for r in rates)
+        more[f"convolution_{name}gflop_per_second"] = rate
+        more[f"{name}conv_fraction"] = more["gflop_per_second"] / rate
+    return more
 
 
 def report(result):
@@ -371,7 +384,7 @@ def report(result):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description="Times training, validation and data loading, against a reference loop.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         epilog="example: python benchmark.py --json bench.json")
     parser.add_argument("--batch_size", type=positive, default=32, help="images per step")
     parser.add_argument("--crop_size", type=int, default=128, help="HR size in px")
@@ -381,11 +394,9 @@ def main(argv=None):
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                         help="of the project's arithmetic; the reference is fp32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA here; use --device cpu")
+    choose_device(args.device)
     if args.crop_size < 32 or args.crop_size % 8:
         raise InputError(f"--crop_size {args.crop_size}: must be a multiple of 8, 32 or more")
     result = benchmark(args)

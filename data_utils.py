@@ -4,20 +4,18 @@ A photograph is brought to 256 px on its shorter side, cropped to `crop_size` (1
 bicubically by `upscale_factor` (8); both pictures are rounded to 8 bit, as real files are.
 """
 
-import argparse
 import contextlib
 import hashlib
 import os
-import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from torch.utils.data import Dataset
-from tqdm import tqdm
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, DistributedSampler
+
+from support.cli import InputError, log, parallel_map
 
 TRAIN_DIR = "data/DIV2K_train_HR"
 VALID_DIR = "data/DIV2K_valid_HR"
@@ -29,41 +27,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
 # read_image refuses what this warns of
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class InputError(Exception):
-    """Something that the user gave cannot be used; the message says what and what to do."""
-
-    def __str__(self):
-        # From a DataLoader's worker it comes with the worker's traceback before the message
-        return super().__str__().rpartition(f"{__name__}.InputError: ")[2].rstrip()
-
-
-def run_script(main):
-    """Run a script's `main()`: bad input becomes one line on stderr and exit code 2.
-
-    An OSError counts as such: a folder that may not be read or written, a disk that fails.
-    """
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def positive(text):
-    """argparse type: a whole number from 1 up."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
-
-
-def not_negative(text):
-    """argparse type: a whole number from 0 up."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return int(text)
-
 
 # ---------------------------------------------------------------------------------------------
 # Photographs
@@ -158,22 +121,9 @@ def to_tensor(image):
     return torch.from_numpy(array).permute(2, 0, 1).to(torch.float32).div(255)
 
 
-def to_image(tensor):
-    """Float tensor (3, H, W) in [0, 1] -> PIL RGB picture, rounded to 8 bit."""
-    array = tensor.detach().float().clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
-
-
 def pixel_hash(image):
     """Hex digest of a picture's pixels: equal for the same photograph under another name."""
     return hashlib.blake2b(np.asarray(image).tobytes(), digest_size=16).hexdigest()
-
-
-def each(function, items, title):
-    """[function(item) for item in items] on all cores, with a bar on a terminal."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc=title, leave=False,
-                         disable=None))
 
 
 def unusable(errors):
@@ -205,7 +155,7 @@ class FaceFolder(Dataset):
         self.files = list_images(dataset_dir, flag)
         pixels = self.crop_size if self.crop_size and crop == "center" else FRAME
         self.cached = len(self.files) * 3 * pixels ** 2 <= cache_gb * 2 ** 30
-        checked = each(self._check, self.files, f"reading {dataset_dir}")
+        checked = parallel_map(self._check, self.files, f"reading {dataset_dir}")
         unusable([error for _, _, _, error in checked if error])
         self.hashes, self.stats, self.pictures, _ = zip(*checked)
 
@@ -288,7 +238,7 @@ class ValidDatasetFromFolder(FaceFolder):
         return to_tensor(lr), to_tensor(restored), to_tensor(hr)
 
 
-def refuse_overlap(train, valid):
+def check_no_overlap(train, valid):
     """Raise InputError if a photograph (by pixel hash) is in both data sets."""
     known = dict(zip(train.hashes, train.files))
     pairs = [f"{path} = {known[digest]}" for digest, path in zip(valid.hashes, valid.files)
@@ -298,73 +248,32 @@ def refuse_overlap(train, valid):
                          "remove them, or go on with --allow_overlap:\n  " + "\n  ".join(pairs))
 
 
-# ---------------------------------------------------------------------------------------------
-# Synthetic portraits, for the demo and the tests
+def load_data(args):
+    """Flags of train_identity.py -> (training set, validation set), checked.
 
-
-def synthetic_portraits(n, size, seed):
-    """n procedural portraits of n different people: uint8 array (n, size, size, 3).
-
-    Each is drawn from one vector of random numbers (the identity): skin, hair, face shape, eyes,
-    brows, nose, mouth and light. Same seed, same people. Eyes sit at 0.47 of the height, as in
-    CelebA-HQ.
+    Says so when the crop size is floored. Raises InputError.
     """
-    rng = np.random.default_rng(seed)
-    return np.stack([_portrait(rng.random(32), size) for _ in range(n)])
+    crop = valid_crop_size(args.crop_size, args.upscale_factor)
+    if crop != args.crop_size:
+        log(f"--crop_size {args.crop_size} is no multiple of {args.upscale_factor}: using {crop}")
+    if not crop:
+        raise InputError(f"--crop_size {args.crop_size}: must be {args.upscale_factor} or more")
+    if crop < 32 and args.alpha:
+        raise InputError(f"--crop_size {args.crop_size}: VGG16 halves a picture five times and "
+                         "needs 32 px; take a larger crop, or --alpha 0")
+    train = TrainDatasetFromFolder(args.train_dir, crop, args.upscale_factor, args.crop, args.seed,
+                                   args.cache_gb)
+    valid = ValidDatasetFromFolder(args.valid_dir, crop, args.upscale_factor, args.cache_gb)
+    if not args.allow_overlap:
+        check_no_overlap(train, valid)
+    return train, valid
 
 
-def _portrait(identity, size):
-    v = iter(identity)
-
-    def between(low, high):
-        return low + (high - low) * next(v)
-
-    unit = 4 * size  # drawn at 4x and reduced: smooth edges
-    image = Image.new("RGB", (unit, unit), tuple(int(between(60, 220)) for _ in range(3)))
-    draw = ImageDraw.Draw(image)
-
-    def ellipse(x, y, rx, ry, fill):
-        draw.ellipse([(x - rx) * unit, (y - ry) * unit, (x + rx) * unit, (y + ry) * unit], fill)
-
-    def shade(colour, factor):
-        return tuple(int(min(255, channel * factor)) for channel in colour)
-
-    tone = next(v)
-    skin = tuple(int(a + (b - a) * tone) for a, b in zip((245, 205, 180), (105, 65, 45)))
-    dark, red = next(v), next(v)
-    hair = tuple(int(c * (1 - dark)) + 15 for c in (200, 150 - 60 * red, 90 - 50 * red))
-    width, height = between(0.21, 0.29), between(0.30, 0.36)
-
-    ellipse(0.5, 0.48, width + between(0.02, 0.09), between(0.36, 0.44), hair)  # hair behind
-    length = between(0.48, 0.95)
-    draw.rectangle([(0.47 - width) * unit, 0.45 * unit, (0.53 + width) * unit, length * unit], hair)
-    draw.polygon([(x * unit, y * unit) for x, y in
-                  ((0.40, 0.75), (0.60, 0.75), (0.85, 1.0), (0.15, 1.0))], shade(skin, 0.85))
-    ellipse(0.5, 0.52, width, height, skin)
-    jaw = between(0.6, 1.0)
-    ellipse(0.5, 0.68, width * jaw, 0.19, skin)
-    fringe = between(0.17, 0.21)
-    draw.chord([(0.5 - width) * unit, 0.14 * unit, (0.5 + width) * unit, 2 * fringe * unit],
-               180 + between(-25, 10), 360 + between(-10, 25), hair)
-
-    spread, eye, lid = between(0.085, 0.13), between(0.028, 0.048), between(0.45, 0.8)
-    iris = tuple(int(between(20, 150)) for _ in range(3))
-    brow, tilt = between(0.010, 0.028), between(-0.03, 0.03)
-    for side in (-1, 1):
-        x = 0.5 + side * spread
-        ellipse(x, 0.47, eye, eye * lid, (240, 238, 232))
-        ellipse(x, 0.47, eye * 0.55, eye * min(lid, 0.55), iris)
-        ellipse(x, 0.47, eye * 0.25, eye * 0.25, (10, 10, 10))
-        draw.line([((x - side * 0.05) * unit, (0.40 + tilt) * unit),
-                   ((x + side * 0.05) * unit, (0.40 - tilt) * unit)], shade(hair, 0.7),
-                  max(1, int(brow * unit)))
-    nose, tip = between(0.02, 0.045), between(0.56, 0.61)
-    draw.polygon([(0.5 * unit, 0.47 * unit), ((0.5 - nose) * unit, tip * unit),
-                  ((0.5 + nose) * unit, tip * unit)], shade(skin, 0.88))
-    mouth, lips = between(0.05, 0.11), between(0.010, 0.030)
-    ellipse(0.5, between(0.68, 0.73), mouth, lips, (int(between(120, 200)), 60, 70))
-
-    image = image.filter(ImageFilter.GaussianBlur(unit / 256)).resize((size, size), Image.LANCZOS)
-    ramp = np.linspace(-1, 1, size) * between(-0.25, 0.25)  # light from one side
-    lit = np.asarray(image) * (1 + ramp[None, :, None])
-    return np.clip(np.rint(lit), 0, 255).astype(np.uint8)
+def epoch_order(n, args, epoch, rank, world):
+    """(batches of indices of this rank, flip of every image): functions of seed and epoch alone."""
+    sampler = DistributedSampler(range(n), world, rank, shuffle=True, seed=args.seed)
+    sampler.set_epoch(epoch)
+    order, size = list(sampler), args.batch_size // world
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+    flips = torch.rand(n, generator=generator) < (0.0 if "flips" in args.without else 0.5)
+    return [order[i:i + size] for i in range(0, len(order), size)], flips

@@ -22,22 +22,23 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-import checkpoints
-import figures
-from data_utils import (
-    VALID_DIR,
+from data_utils import VALID_DIR, ValidDatasetFromFolder
+from loss_identity import embed, load_face_network
+from support import checkpoints, figures
+from support.cli import (
+    HelpFormatter,
     InputError,
-    ValidDatasetFromFolder,
+    markdown_table,
     not_negative,
     positive,
     run_script,
-    to_image,
 )
-from loss_identity import embed, load_face_network
-from model import PRECISIONS, autocast, fast_precision
+from support.figures import to_image
+from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
 
 RESAMPLES = 10_000
-EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's zip, new, old
+BATCH = 20  # images at a time
+EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -134,26 +135,25 @@ def batches(dataset, batch_size, device, indices=None):
 
 
 @torch.no_grad()
-def validate(netG, discriminate, dataset, face_network, known_embeddings, batch_size, device,
-             indices, context=nullcontext):
+def validate(netG, discriminate, dataset, face_network, hr_embedding_cache, device, indices,
+             context=nullcontext):
     """What training logs of its validation images after an epoch.
 
     -> (n, 6) tensor, one row per index: PSNR-Y (dB), SSIM, cosine, D's logits of HR and of SR, and
-    the index. `known_embeddings` keeps HR's embeddings between epochs ({index: (512,)}).
+    the index. `hr_embedding_cache` keeps HR's embeddings between epochs ({index: (512,)}).
     discriminate: function (hr, sr) -> their logits, (N,) each; without it (None: D has not begun
     to learn) more than half of the arithmetic is spared and the logits are nan. context: what
-    the generator and the face network run in, see `model.autocast`. netG is put into eval mode and
-    left there.
+    the generator and the face network run in, see `machine.autocast`. netG is left in eval mode.
     """
     netG.eval()
     rows = []
-    for group, lr, _, hr in batches(dataset, batch_size, device, indices):
+    for group, lr, _, hr in batches(dataset, BATCH, device, indices):
         with context():
             sr = netG(lr).float()
-            if any(i not in known_embeddings for i in group):
-                known_embeddings.update(zip(group, embed(face_network, hr)))
+            if any(i not in hr_embedding_cache for i in group):
+                hr_embedding_cache.update(zip(group, embed(face_network, hr)))
             of_sr = embed(face_network, sr)
-        of_hr = torch.stack([known_embeddings[i] for i in group])
+        of_hr = torch.stack([hr_embedding_cache[i] for i in group])
         logits = discriminate(hr, sr) if discriminate else [sr.new_full((len(group),), np.nan)] * 2
         rows.append(torch.stack([psnr_y(sr, hr), ssim(sr, hr), cosine(of_sr, of_hr), *logits,
                                  torch.tensor(group, device=device).float()], dim=1))
@@ -201,7 +201,7 @@ def measure(models, dataset, embedders, batch_size, device, context=nullcontext)
 
     models: {name: function of (LR, bicubic, HR) -> SR}; embedders: {name: network}, the training
     embedder first, under the name "cosine", then judges. context: what models and training
-    embedder run in, see `model.autocast`; a judge may not bear it.
+    embedder run in, see `machine.autocast`; a judge may not bear it.
     """
     def embeddings(images):
         found = {}
@@ -276,7 +276,7 @@ def markdown(summary, labels):
     metrics = [c for c in summary.columns if f"{c}_low" in summary.columns]
     rates = [c for c in summary.columns if c.startswith(("rank", "auc", "tar"))]
     head = ["model", "n", *metrics, "psnr_y_pooled", *rates]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows_of_cells = []
     for _, row in summary.iterrows():
         cells = [row["model"], str(row["n"])]
         for metric in metrics:
@@ -285,9 +285,10 @@ def markdown(summary, labels):
                          f"{row[metric + '_high']:.{digits}f}]")
         cells.append(f"{row['psnr_y_pooled']:.2f}")
         cells += [f"{row[rate]:.3f}" for rate in rates]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows_of_cells.append(cells)
     measured = "; ".join(f"{name}: {label}" for name, label in labels.items())
-    return "\n".join([*lines, "", f"PSNR-Y in dB; [95 % bootstrap interval]; {measured}", ""])
+    return "\n".join([*markdown_table(head, rows_of_cells), "",
+                      f"PSNR-Y in dB; [95 % bootstrap interval]; {measured}", ""])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -312,12 +313,16 @@ def load_models(args, device):
     if len(set(factors.values())) > 1:
         raise InputError(f"checkpoints of different upscale factors {factors}; evaluate one "
                          "factor at a time")
+    return as_models(networks, device), next(iter(factors.values()))
+
+
+def as_models(networks, device):
+    """{name: generator} -> {name: function of (LR, bicubic, HR)}, bicubic first and HR last."""
     models = {"bicubic": lambda lr, restored, hr: restored}
     for name, netG in networks.items():
         netG.to(device, memory_format=torch.channels_last)
         models[name] = lambda lr, restored, hr, netG=netG: netG(lr)
-    models["HR"] = lambda lr, restored, hr: hr
-    return models, next(iter(factors.values()))
+    return models | {"HR": lambda lr, restored, hr: hr}
 
 
 def load_embedders(face_weights, judges):
@@ -357,13 +362,12 @@ def picture_rows(models, dataset, per_image, device):
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description="PSNR-Y, SSIM, cosine and recognition of generators, against bicubic.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         epilog="example: python evaluate.py --checkpoint epochs/netG_epoch_8_100.pth "
                "--data_dir data/DIV2K_valid_HR --out_dir results")
     add = parser.add_argument_group("what").add_argument
     add("--checkpoint", nargs="+", default=[], metavar="PTH",
-        help="generators to evaluate (default: the last epoch's in epochs/, at first the shipped "
-             "one)")
+        help="generators to evaluate (default: the shipped one)")
     add("--blend", action="append", default=[], metavar="B.pth:0.3",
         help="also 0.7 of the first checkpoint's weights and 0.3 of B's; may be repeated")
     add("--data_dir", default=VALID_DIR, help="folder of photographs")
@@ -374,8 +378,8 @@ def parse(argv=None):
     add("--judge", action="append", default=[], metavar="NAME|PATH",
         help="a further face network: casia-webface, or a TorchScript or torch.export file; may "
              "be repeated")
-    add("--batch_size", type=positive, default=20, help="images per batch")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--batch_size", type=positive, default=BATCH, help="images per batch")
+    add("--device", choices=DEVICES, default="auto", help="where to compute")
     add("--precision", choices=("auto", *PRECISIONS), default="fp32",
         help="of the networks' arithmetic, but for judges; auto: as training has it, and faster")
     add("--cache_gb", type=float, default=4.0, help="GiB of decoded pictures to hold in memory")
@@ -386,10 +390,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    cuda = torch.cuda.is_available() and args.device != "cpu"
-    if args.device == "cuda" and not cuda:
-        raise InputError("--device cuda: no CUDA here; use --device cpu")
-    device, folder = torch.device("cuda" if cuda else "cpu"), Path(args.out_dir)
+    device, folder = choose_device(args.device), Path(args.out_dir)
     models, factor = load_models(args, device)
     dataset = ValidDatasetFromFolder(args.data_dir, args.crop_size, factor, args.cache_gb,
                                      "--data_dir")

@@ -2,9 +2,9 @@
 
     L_total = L_pixel + alpha * L_content + beta * L_GAN + gamma * L_identity
 
-`GeneratorLoss.forward` is that line. Training needs only its gradient at SR, and takes the part
-of the two frozen networks a few images at a time (`perceptual_gradient`): the same sum in a
-fraction of the memory.
+`GeneratorLoss.total` is that line. Training needs only its gradient at SR, and takes the part of
+the two frozen networks a few images at a time (`perceptual_gradient`): the same sum in a fraction
+of the memory.
 """
 
 import os
@@ -18,8 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from checkpoints import read_torch
-from data_utils import InputError
+from support.checkpoints import read_state
+from support.cli import InputError
 
 # The report's weightings (alpha, beta, gamma) of its "Results Summary".
 PRESETS = {
@@ -174,10 +174,7 @@ def _load_state(weights, url, folder, flag):
                 f"could not download {path.name} ({error}); fetch {url} elsewhere and put it at "
                 f"{path}, or name a local copy with {flag} PATH") from None
     try:
-        state = read_torch(path)
-        if not isinstance(state, dict) or not all(
-                isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-            raise InputError(f"{path}: not a state dict")
+        state = read_state(path)
     except InputError as error:
         raise InputError(f"{error}; name another copy with {flag} PATH") from None
     return state, path
@@ -194,7 +191,7 @@ def _fill(network, state, source, what):
 # L_total
 
 
-class GeneratorLoss(nn.Module):
+class GeneratorLoss:
     """L_total = L_pixel + alpha L_content + beta L_GAN + gamma L_identity.
 
     `vgg` and `face_network` are frozen (`load_vgg`, `load_face_network`); either may be None where
@@ -202,7 +199,6 @@ class GeneratorLoss(nn.Module):
     """
 
     def __init__(self, alpha, beta, gamma, vgg, face_network, gan_loss="bce"):
-        super().__init__()
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.vgg, self.face_network = vgg, face_network
         self.gan_loss = gan_loss
@@ -220,14 +216,10 @@ class GeneratorLoss(nn.Module):
         return (content_loss(self.vgg(sr), features) if self.alpha else zero,
                 identity_loss(embed(self.face_network, sr), embeddings) if self.gamma else zero)
 
-    def forward(self, sr, hr, fake_logits):
-        """SR, HR (N, 3, H, W) in [0, 1], logits of D(SR) (N,) -> (L_total, {term: value})."""
-        content, identity = self.perceptual(sr, self.targets(hr))
-        terms = {"pixel": pixel_loss(sr, hr), "content": content, "identity": identity,
-                 "adversarial": adversarial_loss(self.gan_loss, fake_logits)}
-        total = (terms["pixel"] + self.alpha * terms["content"]
-                 + self.beta * terms["adversarial"] + self.gamma * terms["identity"])
-        return total, terms
+    def total(self, terms):
+        """L_total of {"pixel", "content", "adversarial", "identity": value}."""
+        return (terms["pixel"] + self.alpha * terms["content"]
+                + self.beta * terms["adversarial"] + self.gamma * terms["identity"])
 
     def perceptual_gradient(self, sr, targets, chunk, scale=1.0):
         """Gradient of alpha L_content + gamma L_identity at SR, `chunk` images at a time.

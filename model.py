@@ -6,64 +6,13 @@ one-parameter PReLUs, adaptive pooling in the discriminator).
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def fast_precision(device):
-    """The fastest of PRECISIONS on this device: what --precision auto means.
-
-    On CUDA bf16, or fp16 where that is missing. A CPU with matrix units (AMX) convolves several
-    times as fast in bf16 as in fp32, others are faster in fp32.
-    """
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch cannot tell
-    return "bf16" if capabilities.get("amx_bf16") else "fp32"
-
-
-def autocast(device, precision):
-    """Function that makes a context in which networks compute in one of PRECISIONS.
-
-    Weights, losses and metrics are fp32 in any case.
-    """
-    return partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != "fp32")
-
-
-class Slope(torch.autograd.Function):
-    """PReLU with one parameter, whose backward pass on a CPU takes two thirds of PyTorch's time.
-
-    PyTorch's writes a tensor as large as the image that holds each value's own gradient to the
-    parameter, and sums that up afterwards. (N, C, H, W), (1,) -> (N, C, H, W).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.leaky_relu(x, weight.item())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        of_weight = x.clamp(max=0).mul_(gradient).sum(dtype=weight.dtype).reshape(1)
-        return torch.ops.aten.leaky_relu_backward(gradient, x, weight.item(), False), of_weight
-
-
-class PReLU(nn.PReLU):
-    """One slope for all channels. (N, C, H, W) -> (N, C, H, W)."""
-
-    def forward(self, x):
-        if x.device.type != "cpu" or torch.compiler.is_compiling():  # item() would wait, or break
-            return super().forward(x)
-        return Slope.apply(x, self.weight)
+from support.fast_layers import PReLU, SubPixelConv2d
 
 
 class ResidualBlock(nn.Module):
@@ -82,10 +31,9 @@ class ResidualBlock(nn.Module):
 
 
 class UpsampleBlock(nn.Module):
-    """Sub-pixel convolution (Shi et al. 2016). (N, C, H, W) -> (N, C, 2H, 2W).
+    """Sub-pixel convolution (Shi et al. 2016) before its shuffle. (N, C, H, W) -> (N, 4C, H, W).
 
-    `shuffle=False` leaves the 4C channels at (H, W); PReLU has one parameter, so it commutes with
-    the shuffle, and `SubPixelConv2d` reads the unshuffled form.
+    PReLU has one parameter, so it commutes with the pixel shuffle to (N, C, 2H, 2W) that follows.
     """
 
     def __init__(self, channels):
@@ -93,27 +41,8 @@ class UpsampleBlock(nn.Module):
         self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
         self.prelu = PReLU()
 
-    def forward(self, x, shuffle=True):
-        x = self.prelu(self.conv(x))
-        return F.pixel_shuffle(x, 2) if shuffle else x
-
-
-class SubPixelConv2d(nn.Conv2d):
-    """A 9x9 convolution of a pixel-shuffled image, computed before the shuffle.
-
-    `conv(pixel_shuffle(x))` over 64 channels at (2H, 2W) equals `pixel_shuffle(conv'(x))` with a
-    5x5 convolution over 256 channels at (H, W) whose kernel is the 9x9 one, shifted to each of the
-    four output phases and pixel-unshuffled. A CPU's vector registers hold 16 channels: three
-    output channels leave most of them empty, twelve do not.
-    """
-
     def forward(self, x):
-        """x: (N, 4C, H, W), the input before its pixel shuffle -> (N, out, 2H, 2W)."""
-        phases = [F.pad(self.weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
-        # each (out, C, 10, 10) -> (out, 4C, 5, 5); the phase is the minor output index
-        weight = torch.stack([F.pixel_unshuffle(w, 2) for w in phases], dim=1).flatten(0, 1)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        return F.pixel_shuffle(F.conv2d(x, weight, self.bias.repeat_interleave(4), padding=2), 2)
+        return self.prelu(self.conv(x))
 
 
 class Generator(nn.Module):
@@ -143,23 +72,24 @@ class Generator(nn.Module):
                 icnr_(block.conv.weight)
                 icnr_(block.conv.bias)
 
-    def forward(self, lr, recompute=None):
-        """recompute: do the upsampling that many images at a time, and once more in the backward
-        pass instead of keeping its activations (peak of a batch of 32: 2.2 instead of 2.8 GiB).
+    def forward(self, lr, checkpoint_chunk=None):
+        """checkpoint_chunk: gradient checkpointing of the upsampling, that many images at a time.
+
+        Its activations are computed again in the backward pass: less memory, the same result.
         """
         x = self.first(lr)                              # (N, 64, h, w)
         x = x + self.skip(self.residual(x))             # (N, 64, h, w), the long skip
-        if recompute:
+        if checkpoint_chunk:
             return torch.cat([checkpoint(self.enlarge, part, use_reentrant=False)
-                              for part in x.split(recompute)])
+                              for part in x.split(checkpoint_chunk)])
         return self.enlarge(x)
 
     def enlarge(self, x):
         """The part without BatchNorm: (N, 64, h, w) -> SR (N, 3, s*h, s*w)."""
         for block in self.upsample[:-1]:
-            x = block(x)                                # (N, 64, 2h, 2w), then 4h, 4w
-        x = self.upsample[-1](x, shuffle=False)         # (N, 256, s*h/2, s*w/2)
-        x = self.last(x).float()                        # 8 bits of bf16 are too few around 1
+            x = F.pixel_shuffle(block(x), 2)            # (N, 64, 2h, 2w), then 4h, 4w
+        x = self.upsample[-1](x)                        # (N, 256, s*h/2, s*w/2)
+        x = self.last(x).float()                        # shuffled; 8 bits of bf16 are too few here
         return (torch.tanh(x) + 1) / 2                  # (N, 3, s*h, s*w)
 
 

@@ -26,20 +26,18 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from checkpoints import replacing
 from data_utils import (
     FRAME,
     SUFFIXES,
     TRAIN_DIR,
     VALID_DIR,
-    InputError,
-    each,
     list_images,
     pixel_hash,
     read_image,
-    run_script,
     to_frame,
 )
+from support.checkpoints import replacing
+from support.cli import InputError, parallel_map, run_script
 
 FOLDERS = {"valid": Path(VALID_DIR).name, "train": Path(TRAIN_DIR).name}
 COLUMNS = ["file", "source", "hash", "split"]
@@ -235,7 +233,7 @@ def other_selection(args, difference):
             "that made it, or another --out_dir; nothing was deleted")
 
 
-def refuse_mixing(args, manifest):
+def check_no_mixing(args, manifest):
     """Raise InputError if the output folders hold what this selection would be mixed with."""
     named = {row[0] for row in manifest}
     strangers = [f"{folder}/{path.name}" for folder in FOLDERS.values()
@@ -277,7 +275,7 @@ def prepare(args):
     if len(queue) < args.n_train + args.n_valid:
         raise too_few(args, len(queue), "photographs")
     manifest = read_manifest(args.out_dir / "manifest.csv")
-    refuse_mixing(args, manifest)
+    check_no_mixing(args, manifest)
     for folder in FOLDERS.values():
         for leftover in (args.out_dir / folder).glob(".*.tmp.png"):  # of a run that was killed
             leftover.unlink(missing_ok=True)
@@ -326,7 +324,7 @@ def check_folder(folder, detector):
         return image.size, pixel_hash(frame), 0 if boxes is None else len(boxes), None
 
     paths = list_images(folder, "--check")
-    looks = dict(zip(paths, each(look, paths, f"looking at {folder}")))
+    looks = dict(zip(paths, parallel_map(look, paths, f"looking at {folder}")))
     errors = [error for _, _, _, error in looks.values() if error]
     good = {path: found for path, found in looks.items() if not found[3]}
     print(f"{folder}: {len(paths)} images, {len(errors)} unreadable")

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-import checkpoints
-import figures
-from data_utils import InputError, list_images, read_image, run_script, to_image, to_rgb, to_tensor
+from data_utils import list_images, read_image, to_rgb, to_tensor
+from support import checkpoints, figures
+from support.cli import HelpFormatter, InputError, positive, run_script
+from support.figures import to_image
+from support.machine import DEVICES, choose_device
 
 CROP = 128    # px of the HR pictures that the networks are trained on
 LARGE = 128   # px; a longer side than this is probably no small face picture
@@ -264,22 +266,20 @@ def comparison(job, faces):
 
 def load_network(args):
     """The generator that the flags ask for, on the device that they ask for."""
-    cuda = torch.cuda.is_available() and args.device != "cpu"
-    if args.device == "cuda" and not cuda:
-        raise InputError("--device cuda: no CUDA here; use --device cpu")
+    device = choose_device(args.device)
     path = args.checkpoint or checkpoints.shipped_generator()
     if args.blend:
         generator = checkpoints.load_blend(path, *checkpoints.parse_blend(args.blend))
     else:
         generator = checkpoints.load_generator(path)
-    return generator.to("cuda" if cuda else "cpu", memory_format=torch.channels_last)
+    return generator.to(device, memory_format=torch.channels_last)
 
 
 def parse(argv):
     """The command line -> argparse.Namespace."""
     parser = argparse.ArgumentParser(
         description="Upscale small face pictures, or the faces in photographs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         epilog="example: python super_resolve.py party.jpg --detect --compare --out_dir out")
     parser.add_argument("inputs", nargs="+", help="pictures, and folders of pictures")
 
@@ -294,17 +294,16 @@ def parse(argv):
              "(NAME_face1.png) and the photo with all of them put back (NAME_restored.png)")
 
     add = parser.add_argument_group("network").add_argument
-    add("--checkpoint", help="generator (.pth), which also says the factor; None: the shipped one")
+    add("--checkpoint",
+        help="generator (.pth), which also says the factor (default: the shipped one)")
     add("--blend", metavar="B.pth:WEIGHT",
         help="interpolate the weights: 1 - WEIGHT of the checkpoint's, WEIGHT of B's")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--batch_size", type=int, default=16, help="pictures of equal size computed together")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error("--batch_size must be 1 or more")
-    return args
+    add("--device", choices=DEVICES, default="auto", help="where to compute")
+    add("--batch_size", type=positive, default=16,
+        help="pictures of equal size computed together")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -34,7 +34,7 @@ class TinyFaces(nn.Module):
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory):
     """A folder with train/ (6) and valid/ (2) synthetic portraits of 32 px."""
-    from data_utils import synthetic_portraits
+    from support.portraits import synthetic_portraits
     folder = tmp_path_factory.mktemp("faces")
     for split, n, seed in (("train", 6, 1), ("valid", 2, 2)):
         (folder / split).mkdir()

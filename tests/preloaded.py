@@ -3,9 +3,11 @@
 A fork server imports this once; drawing the curves takes longer than a tiny run.
 """
 
-import figures
 import train_identity
+import training_step
+from support import figures
 from tests.conftest import TinyFaces
 
 figures.save_curves = lambda table, path: None
-train_identity.load_face_network = lambda weights: TinyFaces()
+training_step.load_face_network = lambda weights: TinyFaces()
+train_identity.LAZY_INTERVAL = 2

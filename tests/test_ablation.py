@@ -15,12 +15,14 @@ from PIL import Image
 from torch import nn
 
 import ablation
-import checkpoints
 import evaluate
-import figures
 import train_identity
-from data_utils import InputError, ValidDatasetFromFolder, synthetic_portraits
+import training_step
+from data_utils import ValidDatasetFromFolder
 from model import Generator
+from support import checkpoints, figures
+from support.cli import InputError
+from support.portraits import synthetic_portraits
 
 NAMES = ["baseline", "visual", "identity", "gamma_30"]
 RUNS = [f"{name}_seed{seed}" for seed in (1, 2) for name in NAMES]
@@ -50,7 +52,7 @@ class TinyDiscriminator(nn.Module):
 
 def flags(folder):
     return ["--train_dir", f"{folder}/train", "--valid_dir", f"{folder}/valid", "--crop_size", "32",
-            "--upscale_factor", "2", "--batch_size", "16", "--lazy", "1", "--device", "cpu",
+            "--upscale_factor", "2", "--batch_size", "16", "--without", "lazy", "--device", "cpu",
             "--precision", "fp32", "--warm_epochs", "1", "--epochs", "2", "--last_k", "2",
             "--seeds", "1", "2", "--gamma", "30", "--judge", f"{folder}/judge.pt",
             "--out_dir", f"{folder}/runs", "--results_dir", f"{folder}/results"]
@@ -69,7 +71,7 @@ def done(tmp_path_factory):
         for i, portrait in enumerate(synthetic_portraits(n, 32, seed)):
             Image.fromarray(portrait).save(folder / split / f"{i}.png")
     torch.jit.script(TinyFaces()).save(folder / "judge.pt")
-    update, updates = train_identity.apply_updates, []
+    update, updates = training_step.apply_updates, []
 
     def update_and_interrupt(run, with_gan):
         update(run, with_gan)
@@ -78,11 +80,11 @@ def done(tmp_path_factory):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_identity, evaluate):
+        for module in (training_step, evaluate):
             patch.setattr(module, "load_face_network", lambda _: TinyFaces())
-        patch.setattr(train_identity, "load_vgg", tiny_vgg)
-        patch.setattr(train_identity, "Discriminator", TinyDiscriminator)
-        for module in (train_identity, checkpoints):
+        patch.setattr(training_step, "load_vgg", tiny_vgg)
+        patch.setattr(training_step, "Discriminator", TinyDiscriminator)
+        for module in (training_step, checkpoints):
             patch.setattr(module, "Generator", TinyGenerator)
         patch.setattr(ablation, "BLEND", [0.0, 0.5, 1.0])
         for name in ("save_curves", "save_samples"):  # most of the time, and not looked at here

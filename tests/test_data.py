@@ -19,14 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import data_utils
 from data_utils import (
-    InputError,
     TrainDatasetFromFolder,
     ValidDatasetFromFolder,
-    refuse_overlap,
-    run_script,
-    synthetic_portraits,
+    check_no_overlap,
     unusable,
 )
+from support.cli import InputError, run_script
+from support.portraits import synthetic_portraits
 
 ROOT = Path(data_utils.__file__).parent
 BICUBIC = Image.Resampling.BICUBIC
@@ -550,13 +549,13 @@ def test_overlap(tmp_path):
             save(photo, tmp_path / folder / name, **options)
     train = TrainDatasetFromFolder(tmp_path / "train", 16, 8)
     with pytest.raises(InputError, match="3 validation photograph.*--allow_overlap") as error:
-        refuse_overlap(train, ValidDatasetFromFolder(tmp_path / "valid", 16, 8))
+        check_no_overlap(train, ValidDatasetFromFolder(tmp_path / "valid", 16, 8))
     pairs = [line.strip() for line in str(error.value).split("\n")[1:]]
     assert pairs == [f"{tmp_path}/valid/{v} = {tmp_path}/train/{t}"
                      for v, t in (("1.webp", "a.png"), ("2.tif", "b.bmp"), ("4.png", "d.png"))]
     for name in ("1.webp", "2.tif", "4.png"):
         (tmp_path / "valid" / name).unlink()
-    refuse_overlap(train, ValidDatasetFromFolder(tmp_path / "valid", 16, 8))
+    check_no_overlap(train, ValidDatasetFromFolder(tmp_path / "valid", 16, 8))
 
 
 def test_digest_tells_data_sets_apart(tmp_path):
@@ -704,7 +703,8 @@ def usable(path):
 # In a process of its own: what it must not do is to crash, to hang or to fill the memory
 CHILD = """
 import json, resource, sys, time
-from data_utils import InputError, TrainDatasetFromFolder
+from data_utils import TrainDatasetFromFolder
+from support.cli import InputError
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start, message = time.process_time(), ""
 try:

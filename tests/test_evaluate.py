@@ -15,10 +15,12 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import checkpoints
 import evaluate
-from data_utils import InputError, ValidDatasetFromFolder, synthetic_portraits
+from data_utils import ValidDatasetFromFolder
 from model import Discriminator, Generator
+from support import checkpoints
+from support.cli import InputError
+from support.portraits import synthetic_portraits
 
 CPU = torch.device("cpu")
 
@@ -240,14 +242,14 @@ def test_measuring_in_batches_is_measuring_one_by_one(frames):
     known = {}
     for _ in range(2):  # what training logs, with HR's embeddings new and then known
         rows = evaluate.validate(netG.train(), lambda hr, sr: (netD(hr), netD(sr)), frames,
-                                 embedders["cosine"], known, 3, CPU, range(5)).numpy()
+                                 embedders["cosine"], known, CPU, range(5)).numpy()
         assert sorted(known) == rows[:, 5].tolist() == [0, 1, 2, 3, 4]
         np.testing.assert_allclose(rows[:, :3], batched[batched["model"] == "net"][
             ["psnr_y", "ssim", "cosine"]], rtol=1e-4)
     with torch.no_grad():
         logits = [netD(frames[3][2][None]).item(), netD(netG(frames[3][0][None])).item()]
     np.testing.assert_allclose(rows[3, 3:5], logits, rtol=1e-3, atol=1e-5)
-    without = evaluate.validate(netG, None, frames, embedders["cosine"], known, 3, CPU, range(5))
+    without = evaluate.validate(netG, None, frames, embedders["cosine"], known, CPU, range(5))
     np.testing.assert_array_equal(without[:, [0, 1, 2, 5]], rows[:, [0, 1, 2, 5]])
     assert without[:, 3:5].isnan().all()
 
@@ -259,7 +261,7 @@ def test_measuring_in_batches_is_measuring_one_by_one(frames):
     for column in ("psnr_y", "ssim"):
         np.testing.assert_array_equal(half[column][half["model"] == "bicubic"],
                                       batched[column][batched["model"] == "bicubic"])
-    rows = evaluate.validate(netG, None, frames, embedders["cosine"], {}, 3, CPU, range(5),
+    rows = evaluate.validate(netG, None, frames, embedders["cosine"], {}, CPU, range(5),
                              autocast).numpy()
     np.testing.assert_allclose(rows[:, :3], half[half["model"] == "net"][
         ["psnr_y", "ssim", "cosine"]], rtol=1e-4)

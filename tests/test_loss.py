@@ -8,7 +8,6 @@ from facenet_pytorch import InceptionResnetV1
 from torch import nn
 
 import loss_identity
-from data_utils import InputError
 from loss_identity import (
     GeneratorLoss,
     adversarial_loss,
@@ -21,6 +20,7 @@ from loss_identity import (
     pixel_loss,
     real_loss,
 )
+from support.cli import InputError
 
 FAKE = np.array([-1.3, 0.2, 2.0, -0.4])
 REAL = np.array([0.7, -0.6, 1.9, 3.1])
@@ -134,13 +134,21 @@ def small_loss(alpha=0.3, beta=0.05, gamma=0.7, **options):
     return GeneratorLoss(alpha, beta, gamma, Features(), Embedder(), **options)
 
 
+def total_and_terms(loss, sr, hr):
+    """(L_total, {term: value}), D's logits of SR being FAKE."""
+    content, identity = loss.perceptual(sr, loss.targets(hr))
+    terms = {"pixel": loss_identity.pixel_loss(sr, hr), "content": content, "identity": identity,
+             "adversarial": loss_identity.adversarial_loss(loss.gan_loss, *tensors(FAKE))}
+    return loss.total(terms), terms
+
+
 @pytest.mark.parametrize("gan_loss", ["bce", "linear"])
 def test_total_is_the_reports_sum(gan_loss):
     loss = small_loss(gan_loss=gan_loss)
     rng = np.random.default_rng(1)
     sr, hr = rng.random((2, 2, 3))  # two images each, of one colour
     images = [c[..., None, None].expand(2, 3, 8, 8) for c in tensors(sr, hr)]
-    total, terms = loss(*images, *tensors(FAKE))
+    total, terms = total_and_terms(loss, *images)
 
     conv = loss.vgg.conv.weight[:, :, 0, 0].numpy().astype(float)
     linear = loss.face_network.linear.weight.numpy().astype(float)
@@ -159,7 +167,7 @@ def test_total_is_the_reports_sum(gan_loss):
 def test_a_term_of_weight_0_needs_no_network():
     loss = GeneratorLoss(0, 0.5, 0, None, None)
     sr, hr = torch.rand(2, 2, 3, 4, 4)
-    total, terms = loss(sr, hr, *tensors(FAKE))
+    total, terms = total_and_terms(loss, sr, hr)
     assert terms["content"] == 0 and terms["identity"] == 0
     expected = (sr - hr).square().mean().item() + 0.5 * generator_side("bce")
     assert total.item() == pytest.approx(expected, rel=1e-5)
@@ -288,16 +296,17 @@ def test_gradients_reach_sr_only(random_networks):
     loss = GeneratorLoss(1.0, 1.0, 1.0, vgg, face_network)
     torch.manual_seed(0)
     sr, hr = (torch.rand(1, 3, 32, 32, requires_grad=True) for _ in range(2))
-    weights = [p.clone() for p in loss.parameters()]
-    _, terms = loss(sr, hr, *tensors(FAKE))
+    parameters = [*vgg.parameters(), *face_network.parameters()]
+    weights = [p.clone() for p in parameters]
+    _, terms = total_and_terms(loss, sr, hr)
     for name in ("content", "identity"):  # each by itself, so that neither hides the other
         sr.grad = None
         terms[name].backward()
         assert sr.grad.abs().max() > 0 and hr.grad is None
     for network in (vgg, face_network):
         assert not any(module.training for module in network.modules())
-    assert all(p.grad is None and not p.requires_grad for p in loss.parameters())
-    assert all(torch.equal(p, w) for p, w in zip(loss.parameters(), weights))
+    assert all(p.grad is None and not p.requires_grad for p in parameters)
+    assert all(torch.equal(p, w) for p, w in zip(parameters, weights))
 
 
 @pytest.mark.parametrize("load, flag", [(load_vgg, "--vgg_weights"),

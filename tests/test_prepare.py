@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 import prepare_celeba_hq
-from data_utils import InputError, synthetic_portraits
+from support.cli import InputError
+from support.portraits import synthetic_portraits
 
 ROOT = Path(prepare_celeba_hq.__file__).parent
 

@@ -14,10 +14,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import checkpoints
 import train_identity
-from data_utils import InputError, synthetic_portraits
 from model import Generator
+from support import checkpoints
+from support.cli import InputError
+from support.portraits import synthetic_portraits
 
 TINY = {
     "prepare_celeba_hq.py": ["--n_train", "4", "--n_valid", "2"],

@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
-import figures
 import super_resolve
-from data_utils import InputError, run_script
 from model import Generator
+from support import checkpoints, figures
+from support.cli import InputError, run_script
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -182,7 +181,8 @@ def test_blend(network, tmp_path):
     for name, generator in zip("ab", generators):
         paths.append(tmp_path / name / "netG.pth")
         checkpoints.save_torch(generator.state_dict(), paths[-1])
-        paths[-1].with_name("config.json").write_text(json.dumps({"start": "the same"}))
+        paths[-1].with_name("config.json").write_text(
+            json.dumps({"flags": {}, "start": "the same"}))
     states = [generator.state_dict() for generator in generators]
     blended = Generator(2).eval()
     blended.load_state_dict({k: (0.75 * v + 0.25 * states[1][k]).to(v.dtype)

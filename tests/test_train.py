@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import time
 from copy import deepcopy
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -22,12 +24,14 @@ from conftest import ROOT, TinyFaces
 
 import ablation
 import benchmark
-import checkpoints
 import evaluate
-import figures
 import train_identity
-from data_utils import InputError
-from figures import save_curves
+import training_step
+from data_utils import epoch_order
+from model import Discriminator
+from support import checkpoints, figures, machine, run_folder
+from support.cli import InputError, run_script
+from support.figures import save_curves
 
 REPORT_COLUMNS = "Epoch,Loss_D,Loss_G,Score_D,Score_G,PSNR,SSIM,Cosine"
 
@@ -35,7 +39,7 @@ REPORT_COLUMNS = "Epoch,Loss_D,Loss_G,Score_D,Score_G,PSNR,SSIM,Cosine"
 def flags(faces, out_dir, *more):
     """A run of a second: 16 px, 2x, no VGG (alpha 0)."""
     return ["--train_dir", f"{faces}/train", "--valid_dir", f"{faces}/valid", "--crop_size", "16",
-            "--upscale_factor", "2", "--batch_size", "2", "--num_epochs", "2", "--lazy", "2",
+            "--upscale_factor", "2", "--batch_size", "2", "--num_epochs", "2",
             "--alpha", "0", "--face_weights", "random", "--device", "cpu", "--precision", "fp32",
             "--out_dir", str(out_dir), *more]
 
@@ -54,7 +58,8 @@ def assert_same_bits(a, b):
 def without_what_takes_long():
     """The face network and drawing curves each take longer than a tiny run; see `small_run`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_identity, "load_face_network", lambda weights: TinyFaces())
+        patch.setattr(training_step, "load_face_network", lambda weights: TinyFaces())
+        patch.setattr(train_identity, "LAZY_INTERVAL", 2)
         patch.setattr(figures, "save_curves", lambda table, path: None)
         yield
 
@@ -74,32 +79,31 @@ def finished(faces, tmp_path_factory):
 
 
 load_vgg, load_face_network = (functools.cache(load) for load in (
-    train_identity.load_vgg, train_identity.load_face_network))
+    training_step.load_vgg, training_step.load_face_network))
 
 
 def small_run(*more):
-    """(run, LR, HR): four images of 32 px, 8x, with both frozen networks (random weights)."""
+    """(trainer, LR, HR): four images of 32 px, 8x, with both frozen networks (random weights)."""
     args = train_identity.parse(
         ["--crop_size", "32", "--batch_size", "4", "--vgg_weights", "random", "--face_weights",
          "random", "--device", "cpu", "--precision", "fp32", "--gamma", "3", *more])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_identity, "load_vgg", load_vgg)
-        patch.setattr(train_identity, "load_face_network", load_face_network)
-        run = train_identity.build(args, torch.device("cpu"), 1)
-    run.netG.train()
-    run.netD.train()
+        patch.setattr(training_step, "load_vgg", load_vgg)
+        patch.setattr(training_step, "load_face_network", load_face_network)
+        trainer = training_step.build_trainer(args, torch.device("cpu"), 1)
+    trainer.netG.train()
+    trainer.netD.train()
     generator = torch.Generator().manual_seed(5)
-    return run, torch.rand(4, 3, 4, 4, generator=generator), torch.rand(4, 3, 32, 32,
-                                                                        generator=generator)
+    return (trainer, torch.rand(4, 3, 4, 4, generator=generator),
+            torch.rand(4, 3, 32, 32, generator=generator))
 
 
-@pytest.mark.parametrize("more", [
-    ("--gan_loss", "bce", "--beta", "0.1"),
-    ("--gan_loss", "bce", "--beta", "0.1", "--separate_d"),
-    ("--gan_loss", "linear", "--alpha", "0", "--gamma", "0", "--separate_d")])
-def test_step_equals_the_straightforward_loop(more):
+@pytest.mark.parametrize("without", [
+    (), ("mixed_batches",), ("mixed_batches", "cross_entropy")])
+def test_step_equals_the_straightforward_loop(without):
     """Same losses and same updated weights as autograd on L_total in NCHW (benchmark.py)."""
-    fast, lr, hr = small_run("--max_ratio", "0", *more)
+    more = ["--beta", "0.1", "--without", "ratio_bound", *without]
+    fast, lr, hr = small_run(*more)
     plain, _, _ = small_run(*more)
     for network in (plain.netG, plain.netD):
         network.to(memory_format=torch.contiguous_format)
@@ -109,10 +113,10 @@ def test_step_equals_the_straightforward_loop(more):
 
     fast.optimizerG = torch.optim.SGD(fast.netG.parameters(), lr=0.1)
     fast.optimizerD = torch.optim.SGD(fast.netD.parameters(), lr=0.1)
-    fast.chunk = fast.recompute = 3
-    targets = train_identity.cached_targets(fast.loss, {}, range(4), hr)
-    values = train_identity.train_step(fast, lr, hr, targets, True, True).nan_to_num(0)
-    logged = dict(zip(train_identity.LOGGED, values.tolist()))  # nan: weight 0, left out
+    fast.chunk = fast.checkpoint_chunk = 3
+    targets = training_step.cached_targets(fast.loss, {}, range(4), hr)
+    values = training_step.train_step(fast, lr, hr, targets, True, True).nan_to_num(0)
+    logged = dict(zip(training_step.LOGGED, values.tolist()))  # nan: weight 0, left out
     fast.optimizerG.step()
     fast.optimizerD.step()
 
@@ -125,16 +129,16 @@ def test_step_equals_the_straightforward_loop(more):
 
 def test_bf16_takes_nearly_the_same_step():
     """Losses within 2 % of the fp32 reference's; bf16 holds 8 bits, 0.4 %, of each value."""
-    fast, lr, hr = small_run("--precision", "bf16", "--max_ratio", "0", "--beta", "0.1")
+    fast, lr, hr = small_run("--precision", "bf16", "--without", "ratio_bound", "--beta", "0.1")
     plain, _, _ = small_run("--beta", "0.1")
     plain.optimizerG = torch.optim.SGD(plain.netG.parameters(), lr=0.0)
     plain.optimizerD = torch.optim.SGD(plain.netD.parameters(), lr=0.0)
     expected = benchmark.reference_step(plain, lr, hr)
     with fast.autocast():
-        targets = train_identity.cached_targets(fast.loss, {}, range(4), hr)
-    values = train_identity.train_step(fast, lr, hr, targets, True, True)
+        targets = training_step.cached_targets(fast.loss, {}, range(4), hr)
+    values = training_step.train_step(fast, lr, hr, targets, True, True)
     assert values.dtype == torch.float32
-    logged = dict(zip(train_identity.LOGGED, values.tolist()))
+    logged = dict(zip(training_step.LOGGED, values.tolist()))
     for name in ("pixel", "content", "adversarial", "identity", "loss_d"):
         assert logged[name] == pytest.approx(expected[name], rel=0.02), name
     for ours, theirs in ((fast.netG, plain.netG), (fast.netD, plain.netD)):
@@ -144,37 +148,18 @@ def test_bf16_takes_nearly_the_same_step():
         assert torch.cosine_similarity(a, b, dim=0) > 0.95
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 2e-2)])
-def test_compiled_networks_take_the_same_step(precision, tolerance, monkeypatch):
-    """Both backwards through D's one pass included; with a backend that needs no C++ compiler."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    runs = []
-    for more in ([], ["--compile"]):
-        run, lr, hr = small_run("--alpha", "0", "--gamma", "0", "--beta", "0.1", "--precision",
-                                precision, *more)
-        values = train_identity.train_step(run, lr, hr, None, True, False)
-        runs.append((run, values.nan_to_num(0)))
-    (plain, expected), (compiled, values) = runs
-    torch.testing.assert_close(values, expected, rtol=tolerance, atol=1e-6)
-    for name in ("netG", "netD"):
-        ours, theirs = getattr(compiled, name), getattr(plain, name)
-        assert ours.state_dict().keys() == theirs.state_dict().keys()
-        for a, b in zip(ours.parameters(), theirs.parameters()):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is managed otherwise")
 def test_freed_memory_is_kept_until_it_is_given_back():
     def resident():  # MiB
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
-    train_identity.keep_freed_memory()
+    machine.keep_freed_memory()
     block = torch.ones(2 ** 26)  # 256 MiB
     full = resident()
     del block
     assert resident() > full - 20
-    train_identity.give_back_freed_memory()
+    machine.release_memory()
     assert resident() < full - 200
 
 
@@ -185,29 +170,16 @@ def test_a_benchmark_whose_process_died_says_so():
         benchmark.ask(pipe, "step")
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch():
-    """Two halves of a batch with equal statistics give the whole batch's gradient."""
-    run, lr, hr = small_run("--alpha", "0", "--beta", "0", "--gamma", "0")
-    lr, hr = lr[:2].repeat(2, 1, 1, 1), hr[:2].repeat(2, 1, 1, 1)
-    train_identity.train_step(run, lr, hr, None, False, False)
-    whole = [p.grad.clone() for p in run.netG.parameters()]
-    run.netG.zero_grad()
-    for half in (slice(0, 2), slice(2, 4)):
-        train_identity.train_step(run, lr[half], hr[half], None, False, False, share=0.5)
-    for parameter, gradient in zip(run.netG.parameters(), whole):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
-
-
 def test_lazy_terms_weigh_what_they_weigh_every_step():
-    """With every=3 the identity gradient at SR is three times as large."""
+    """With a weight of 3 the identity gradient at SR is three times as large."""
     gradients = []
-    for every in (1, 3):
+    for weight in (1, 3):
         run, lr, hr = small_run("--alpha", "0", "--beta", "0", "--gamma", "1000")
         targets = run.loss.targets(hr)
-        train_identity.train_step(run, lr, hr, None, False, False)
+        training_step.train_step(run, lr, hr, None, False, False)
         pixel = run.netG.last.weight.grad.clone()
         run.netG.zero_grad()
-        train_identity.train_step(run, lr, hr, targets, False, True, every)
+        training_step.train_step(run, lr, hr, targets, False, True, weight)
         gradients.append(run.netG.last.weight.grad - pixel)
     torch.testing.assert_close(gradients[1], 3 * gradients[0], rtol=1e-2, atol=1e-4)
 
@@ -215,8 +187,8 @@ def test_lazy_terms_weigh_what_they_weigh_every_step():
 @pytest.mark.parametrize("bound", [0, 0.5, 1e6])
 def test_the_adversarial_gradient_is_bounded(bound):
     """By autograd on the terms: at SR at most `bound` times as long as the pixel gradient."""
-    run, lr, hr = small_run("--alpha", "0", "--gamma", "0", "--beta", "0.1", "--max_ratio",
-                            str(bound))
+    run, lr, hr = small_run("--alpha", "0", "--gamma", "0", "--beta", "0.1")
+    run.max_ratio = bound
     plain, _, _ = small_run("--alpha", "0", "--gamma", "0")
     sr = plain.netG(lr)
     fake = torch.cat([plain.netD(torch.cat([real, made]))[2:]
@@ -228,8 +200,8 @@ def test_the_adversarial_gradient_is_bounded(bound):
     assert ratio > 1
     sr.backward(pixel + 4 * adversarial * (0.5 / ratio if bound == 0.5 else 1))
 
-    values = train_identity.train_step(run, lr, hr, None, True, False, every=4)
-    assert values[train_identity.LOGGED.index("ratio")] == pytest.approx(ratio, rel=1e-4)
+    values = training_step.train_step(run, lr, hr, None, True, False, interval_weight=4)
+    assert values[training_step.LOGGED.index("ratio")] == pytest.approx(ratio, rel=1e-4)
     for ours, expected in zip(run.netG.parameters(), plain.netG.parameters()):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-4)
 
@@ -242,30 +214,57 @@ def test_average_ramps_up():
         for parameter in new.parameters():
             parameter.add_(1.0)
     average = deepcopy(old)
-    train_identity.update_average(average, new, 1, 0.999)
+    training_step.update_average(average, new, 1, 0.999)
     for mean, a, b in zip(average.parameters(), old.parameters(), new.parameters()):
         torch.testing.assert_close(mean, 2 / 11 * a + 9 / 11 * b)
     average = deepcopy(old)
-    train_identity.update_average(average, new, 10 ** 6, 0.9)
+    training_step.update_average(average, new, 10 ** 6, 0.9)
     for mean, a, b in zip(average.parameters(), old.parameters(), new.parameters()):
         torch.testing.assert_close(mean, 0.9 * a + 0.1 * b)
 
 
 def test_report_recipe_undoes_every_departure():
     args = train_identity.parse(["--recipe", "report"])
-    assert (args.batch_size, args.lr, args.schedule, args.pretrain_epochs) == (32, 1e-4,
-                                                                               "constant", 0)
-    assert (args.gan_loss, args.ema, args.lazy) == ("linear", 0, 1)
-    assert args.separate_d and args.momentum_d == 0.9 and args.max_ratio == 0
-    assert args.no_flip and args.no_icnr and args.no_notch
+    assert (args.batch_size, args.lr, args.lr_d, args.pretrain_epochs) == (32, 1e-4, 1e-4, 0)
+    assert args.without == list(train_identity.DEPARTURES) and args.precision == "fp32"
     assert (args.alpha, args.beta, args.gamma) == (0.005, 0.001, 0.6)
-    assert args.precision == "fp32"
+    trainer = training_step.build_trainer(
+        train_identity.parse(["--recipe", "report", "--alpha", "0", "--face_weights", "random"]),
+        torch.device("cpu"), 10)
+    assert trainer.loss.gan_loss == "linear" and not trainer.mixed_batches
+    assert trainer.max_ratio == 0 and not trainer.stripe_filter
+    assert trainer.average is trainer.netG
+    assert trainer.optimizerD.param_groups[0]["betas"] == (0.9, 0.999)
+    assert trainer.scheduleG.lr_lambdas[0](10) == 1
+    weight = trainer.netG.upsample[0].conv.weight
+    assert not torch.equal(weight[0], weight[1])  # ICNR would make them equal
+    _, flips = epoch_order(100, args, 1, 0, 1)
+    assert not flips.any()
+
+
+def test_a_preset_gives_way_to_a_weight_of_its_own():
     assert train_identity.parse(["--preset", "visual", "--gamma", "3"]).gamma == 3
     assert train_identity.parse(["--preset", "visual"]).gamma == 0.006
 
 
-@pytest.mark.parametrize("flag", ["--lr=-1e-4", "--momentum_d=1", "--ema=1.5", "--gamma=nan",
-                                  "--max_ratio=inf"])
+@pytest.mark.parametrize("name", train_identity.DEPARTURES)
+def test_one_departure_can_be_undone_by_itself(name):
+    args, ours = train_identity.parse(["--without", name]), train_identity.parse([])
+    changed = {key for key, value in vars(args).items() if value != vars(ours)[key]}
+    assert args.without == [name]
+    assert changed == {"without", *train_identity.UNDONE.get(name, {})}
+
+
+def test_help_lists_every_departure_and_few_flags(capsys):
+    with pytest.raises(SystemExit):
+        train_identity.parse(["--help"])
+    text = capsys.readouterr().out
+    for name in train_identity.DEPARTURES:
+        assert re.search(f"^  {name} +\\S", text, re.M), name
+    assert len(re.findall(r"^  (?:-h, )?--\w+", text, re.M)) <= 32
+
+
+@pytest.mark.parametrize("flag", ["--lr=-1e-4", "--gamma=nan", "--lr_d=inf"])
 def test_a_number_out_of_range_names_its_flag(flag):
     with pytest.raises(InputError, match=flag.split("=")[0]):
         train_identity.parse([flag])
@@ -307,12 +306,12 @@ def test_run_writes_every_promised_file(finished):
     assert config["networks"]["inception_resnet_v1"] == "tiny"
     assert config["data"]["train"]["n"] == 6 and config["flags"]["crop_size"] == 16
     assert checkpoints.load_generator(finished / "netG_epoch_2_2.pth").scale_factor == 2
-    checkpoints.load_discriminator(finished / "netD_epoch_2_2.pth")
+    Discriminator().load_state_dict(torch.load(finished / "netD_epoch_2_2.pth"))
 
 
 def test_pixel_loss_falls(faces, tmp_path):
     train_identity.main(flags(faces, tmp_path, "--num_epochs", "8", "--pretrain_epochs", "8",
-                              "--valid_every", "8", "--lr", "0.002"))
+                              "--lr", "0.002"))
     pixel = pd.read_csv(tmp_path / "train_results.csv")["Pixel"]
     assert pixel.iloc[-2:].mean() < 0.5 * pixel.iloc[0]
 
@@ -325,36 +324,54 @@ def test_same_seed_same_bits_and_config_repeats_a_run(finished, tmp_path):
 def test_a_config_of_another_version_says_what_it_lacks(finished, tmp_path, capsys):
     config = json.loads((finished / "config.json").read_text())
     config["flags"]["label_smoothing"] = 0.1  # a flag that was dropped
-    del config["flags"]["max_ratio"]          # one that was added
+    del config["flags"]["lr_d"]               # one that was added
     (tmp_path / "config.json").write_text(json.dumps(config))
     args = train_identity.parse(["--config", str(tmp_path / "config.json")])
-    assert args.batch_size == 2 and args.max_ratio == 2 and not hasattr(args, "label_smoothing")
+    assert args.batch_size == 2 and args.lr_d == 2.5e-5 and not hasattr(args, "label_smoothing")
     output = capsys.readouterr().out
-    assert "label_smoothing is left out" in output and "max_ratio is not in it" in output
+    assert "label_smoothing is left out" in output and "lr_d is not in it" in output
     train_identity.parse(["--config", str(finished / "config.json")])
     assert capsys.readouterr().out == ""
 
 
+def test_flags_from_before_without_are_translated(tmp_path, capsys):
+    """The report's recipe as version 4b6eb88 wrote it, but for ema and a bound that is neither."""
+    old = {"no_flip": True, "no_icnr": True, "no_notch": True, "separate_d": True,
+           "schedule": "constant", "gan_loss": "linear", "max_ratio": 4.0, "ema": 0.999, "lazy": 1,
+           "momentum_d": 0.9, "lr": 1e-4, "accumulate": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"flags": old}))
+    args = train_identity.parse(["--config", str(tmp_path / "config.json")])
+    assert set(args.without) == {"flips", "icnr", "stripe_filter", "mixed_batches", "cosine",
+                                 "cross_entropy", "lazy", "slow_d"}
+    assert args.lr == 1e-4
+    output = capsys.readouterr().out
+    assert "max_ratio 4.0" in output and "accumulate" in output
+
+
+def test_the_shipped_run_can_be_repeated():
+    args = train_identity.parse(["--config", str(ROOT / "epochs/pretrained/config.json")])
+    assert args.num_epochs == 100 and args.pretrain_epochs == 75 and args.without == []
+
+
 def test_dead_discriminator_is_announced():
+    dead = training_step.dead_discriminator
     row = {"Epoch": 3, "Score_D": 0.9, "Score_G": 0.4, "Gradient_ratio": 0.1}
     report = train_identity.parse(["--recipe", "report"])
-    assert train_identity.dead_discriminator(row, report) is None
-    assert "epoch 3" in train_identity.dead_discriminator(row | {"Score_G": 0.895}, report)
-    warning = train_identity.dead_discriminator(row | {"Score_G": 0.895}, report)
-    assert "--gan_loss bce" in warning and "--no-separate_d" in warning
-    ours = train_identity.dead_discriminator(row | {"Score_G": 0.895}, train_identity.parse([]))
-    assert "--momentum_d 0.5" in warning and "--lr_d" in ours
-    assert "bce" not in ours and "momentum" not in ours  # nothing that is already done
+    assert dead(row, report) is None
+    warning = dead(row | {"Score_G": 0.895}, report)
+    assert "epoch 3" in warning
+    assert "cross_entropy" in warning and "mixed_batches" in warning and "slow_d" in warning
+    ours = dead(row | {"Score_G": 0.895}, train_identity.parse([]))
+    assert "--lr_d" in ours
+    assert "cross_entropy" not in ours and "slow_d" not in ours  # nothing that is already done
     assert "beta" not in ours  # the generator's weight teaches D nothing
     silent = row | {"Gradient_ratio": 1e-5}
-    unheard = train_identity.dead_discriminator(silent, report)
-    assert "1.0e-05" in unheard and "--gan_loss bce" in unheard and "lr_d" not in unheard
-    sure = train_identity.dead_discriminator(silent | {"Score_D": 0.99, "Score_G": 0.01}, report)
-    assert "a lower --lr_d" in sure
-    upside_down = row | {"Score_D": 0.4, "Score_G": 0.5}
-    assert "-0.1000" in train_identity.dead_discriminator(upside_down, report)
+    unheard = dead(silent, report)
+    assert "1.0e-05" in unheard and "cross_entropy" in unheard and "lr_d" not in unheard
+    assert "a lower --lr_d" in dead(silent | {"Score_D": 0.99, "Score_G": 0.01}, report)
+    assert "-0.1000" in dead(row | {"Score_D": 0.4, "Score_G": 0.5}, report)
     pixel = row | {"Score_D": math.nan, "Score_G": math.nan, "Gradient_ratio": math.nan}
-    assert train_identity.dead_discriminator(pixel, report) is None
+    assert dead(pixel, report) is None
 
 
 def test_a_warning_comes_once(faces, tmp_path, capsys):
@@ -363,20 +380,20 @@ def test_a_warning_comes_once(faces, tmp_path, capsys):
     assert capsys.readouterr().out.count("warning: epoch") == 1
 
 
-@pytest.mark.parametrize("separate", ["--separate_d", "--no-separate_d"])
-def test_validation_asks_the_discriminator_as_training_does(separate):
-    run, _, _ = small_run(separate)
+@pytest.mark.parametrize("without", [[], ["mixed_batches"]])
+def test_validation_asks_the_discriminator_as_training_does(without):
+    run, _, _ = small_run("--without", *without)
     hr, sr = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(7))
     before, logged = deepcopy(run.netD.state_dict()), {}
     with torch.no_grad():
-        real, fake = train_identity.discriminator_at_work(run, torch.device("cpu"))(hr, sr)
+        real, fake = training_step.validation_discriminator(run)(hr, sr)
     assert_same_bits(run.netD.state_dict(), before)
-    train_identity.play(run, sr.requires_grad_(), hr, logged, 1.0, 1.0)
+    training_step.discriminator_step(run, sr.requires_grad_(), hr, logged, 1.0)
     torch.testing.assert_close(real.sigmoid().mean(), logged["score_d"])
     torch.testing.assert_close(fake.sigmoid().mean(), logged["score_g"])
 
 
-@pytest.mark.parametrize("more, told_apart", [((), True), (("--separate_d",), False)])
+@pytest.mark.parametrize("more, told_apart", [((), True), (("--without", "mixed_batches"), False)])
 def test_mixed_passes_let_the_discriminator_learn(more, told_apart):
     """Blurred against sharp noise: BatchNorm of each kind by itself hides what tells them apart."""
     run, _, _ = small_run("--crop_size", "64", "--lr_d", "1e-4", *more)
@@ -385,7 +402,7 @@ def test_mixed_passes_let_the_discriminator_learn(more, told_apart):
         hr = torch.rand(8, 3, 32, 32, generator=generator)
         sr = torch.nn.functional.avg_pool2d(hr, 5, 1, 2).requires_grad_()
         logged = {}
-        train_identity.play(run, sr, hr, logged, 1.0, 1.0)
+        training_step.discriminator_step(run, sr, hr, logged, 1.0)
         run.optimizerD.step()
         run.optimizerD.zero_grad()
     gap = (logged["score_d"] - logged["score_g"]).item()
@@ -393,9 +410,10 @@ def test_mixed_passes_let_the_discriminator_learn(more, told_apart):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path, monkeypatch):
-    train_identity.main(flags(faces, tmp_path, "--num_epochs", "1", "--lazy", "1"))
+    train_identity.main(flags(faces, tmp_path, "--num_epochs", "1", "--pretrain_epochs", "0",
+                              "--without", "lazy"))
     before = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(train_identity, "adversarial_loss", lambda kind, fake: fake.sum() / 0)
+    monkeypatch.setattr(training_step, "adversarial_loss", lambda kind, fake: fake.sum() / 0)
     with pytest.raises(InputError, match="epoch 2, step 1: adversarial is not finite"):
         train_identity.main(["--resume", "--out_dir", str(tmp_path), "--num_epochs", "2"])
     assert (tmp_path / "last.pt").read_bytes() == before
@@ -423,20 +441,21 @@ def test_weights_that_are_not_finite_are_not_saved(faces, finished, tmp_path, mo
     assert not (tmp_path / "run" / "netG_epoch_2_3.pth").exists()
 
 
-def test_every_term_is_learnt_where_an_epoch_is_shorter_than_lazy(faces, tmp_path):
-    """Three steps an epoch and --lazy 8: the steps of the run count, not those of the epoch."""
-    train_identity.main(flags(faces, tmp_path, "--lazy", "8", "--pretrain_epochs", "0",
-                              "--num_epochs", "4", "--valid_every", "4"))
+def test_every_term_is_learnt_where_an_epoch_is_shorter_than_the_interval(faces, tmp_path,
+                                                                          monkeypatch):
+    """Three steps an epoch, one in eight: the steps of the run count, not those of the epoch."""
+    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 8)
+    train_identity.main(flags(faces, tmp_path, "--pretrain_epochs", "0", "--num_epochs", "4"))
     table = pd.read_csv(tmp_path / "train_results.csv")
     assert table["Adversarial"].notna().tolist() == [True, False, True, False]  # steps 0 and 8
     assert table["Identity"].notna().tolist() == [False, True, False, False]    # step 4
 
 
-@pytest.mark.parametrize("flag, striped", [([], False), (["--no_notch"], True)])
+@pytest.mark.parametrize("flag, striped", [([], False), (["--without", "stripe_filter"], True)])
 def test_no_update_gives_the_last_convolution_stripes(flag, striped):
     run, lr, hr = small_run("--alpha", "0", *flag)
-    train_identity.train_step(run, lr, hr, None, False, False)
-    train_identity.apply_updates(run, False)
+    training_step.train_step(run, lr, hr, None, False, False)
+    training_step.apply_updates(run, False)
     signs = (-1.0) ** torch.arange(9)
     for network in (run.netG, run.average):
         for along in (signs, signs[:, None]):
@@ -447,29 +466,29 @@ def test_no_update_gives_the_last_convolution_stripes(flag, striped):
 def test_fp16_with_its_scaler():
     run, lr, hr = small_run("--precision", "fp16", "--alpha", "0")
     before = run.netG.last.weight.detach().clone()
-    values = train_identity.train_step(run, lr, hr, None, False, False)
-    train_identity.apply_updates(run, False)
+    values = training_step.train_step(run, lr, hr, None, False, False)
+    training_step.apply_updates(run, False)
     assert run.scaler.is_enabled() and values[0].isfinite()
     assert not torch.equal(run.netG.last.weight, before)
 
 
 def test_an_overflow_in_fp16_is_the_scalers_business():
-    history = torch.zeros(2, len(train_identity.LOGGED))
-    history[1, train_identity.LOGGED.index("ratio")] = math.inf
-    train_identity.check_finite(history, 1, scaled=True)
+    history = torch.zeros(2, len(training_step.LOGGED))
+    history[1, training_step.LOGGED.index("ratio")] = math.inf
+    training_step.check_finite(history, 1, scaled=True)
     with pytest.raises(InputError, match="step 2: ratio"):
-        train_identity.check_finite(history, 1)
-    history[0, train_identity.LOGGED.index("adversarial")] = math.inf
+        training_step.check_finite(history, 1)
+    history[0, training_step.LOGGED.index("adversarial")] = math.inf
     with pytest.raises(InputError, match="step 1: adversarial"):
-        train_identity.check_finite(history, 1, scaled=True)
+        training_step.check_finite(history, 1, scaled=True)
 
 
 def test_a_ratio_that_overflowed_is_left_out_of_the_epochs():
     run, *_ = small_run()
-    history = torch.full((3, len(train_identity.LOGGED)), 0.5)
+    history = torch.full((3, len(training_step.LOGGED)), 0.5)
     history[1, -1] = math.inf
     row = train_identity.epoch_row(run, train_identity.parse([]), {
-        "epoch": 80, "history": history, "seconds": 1.0}, None)
+        "epoch": 80, "history": history, "seconds": 1.0}, np.zeros((2, 6)))
     assert row["Gradient_ratio"] == 0.5
 
 
@@ -485,8 +504,10 @@ def test_names_that_are_given_win_over_stored_flags(finished):
     config = ["--config", str(finished / "config.json")]
     assert train_identity.parse(config).gamma == 0.6
     assert train_identity.parse([*config, "--preset", "baseline"]).gamma == 0
-    args = train_identity.parse([*config, "--recipe", "report", "--no-separate_d"])
-    assert args.gan_loss == "linear" and not args.separate_d and args.gamma == 0.6
+    args = train_identity.parse([*config, "--recipe", "report", "--lr", "0.003"])
+    assert "cross_entropy" in args.without and args.lr == 0.003 and args.gamma == 0.6
+    assert args.batch_size == 32
+    assert train_identity.parse([*config, "--without", "flips"]).batch_size == 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -508,7 +529,7 @@ def interrupt(monkeypatch, at_update, number):
 
 def test_resume_is_bit_identical_in_bf16(faces, tmp_path, monkeypatch):
     """The precision that auto was is the run's from then on, wherever it is resumed."""
-    monkeypatch.setattr(train_identity, "fast_precision", lambda device: "bf16")
+    monkeypatch.setattr(training_step, "fast_precision", lambda device: "bf16")
     run = flags(faces, tmp_path / "whole", "--precision", "auto")
     train_identity.main(run)
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["flags"][
@@ -517,7 +538,7 @@ def test_resume_is_bit_identical_in_bf16(faces, tmp_path, monkeypatch):
         interrupt(patch, 5, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train_identity.main([*run, "--out_dir", str(tmp_path / "halves")])
-    monkeypatch.setattr(train_identity, "fast_precision", lambda device: "fp32")
+    monkeypatch.setattr(training_step, "fast_precision", lambda device: "fp32")
     train_identity.main(["--resume", "--out_dir", str(tmp_path / "halves")])
     assert_same_bits(weights(tmp_path / "halves"), weights(tmp_path / "whole"))
 
@@ -558,8 +579,8 @@ def test_signal_during_validation(faces, finished, tmp_path, monkeypatch):
 
 def test_a_signal_to_the_loaders_processes_is_the_runs_business():
     """torchrun signals all of its processes; a loader's that died of it would be an error."""
-    loader = torch.utils.data.DataLoader(range(200), num_workers=1, worker_init_fn=train_identity.
-                                         leave_signals_to_the_run)
+    loader = torch.utils.data.DataLoader(range(200), num_workers=1,
+                                         worker_init_fn=run_folder.ignore_signals)
     batches = iter(loader)
     seen = [next(batches).item()]
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGTERM)
@@ -615,40 +636,33 @@ def test_a_folder_that_holds_a_run_is_refused(faces, finished):
     being_written.unlink()
 
 
-def test_resume_with_other_flags_or_data_is_refused(faces, finished, tmp_path):
-    for more, named in ((["--gamma", "7"], "--gamma"), (["--crop_size", "32"], "--crop_size"),
-                        (["--train_dir", f"{faces}/valid", "--allow_overlap"], "train_dir")):
-        with pytest.raises(InputError, match=f"{named}.*--resume_override"):
-            train_identity.main(["--resume", "--out_dir", str(finished), *more])
+def test_resume_with_other_photographs_is_refused(faces, finished, tmp_path):
+    with pytest.raises(InputError, match="--train_dir .*not the photographs"):
+        train_identity.main(["--resume", "--out_dir", str(finished), "--train_dir",
+                             f"{faces}/valid", "--allow_overlap"])
     with pytest.raises(InputError, match="nothing to resume"):
         train_identity.main(["--resume", "--out_dir", str(tmp_path)])
 
 
 def test_another_start_is_refused_where_it_would_do_nothing(finished):
     with pytest.raises(InputError, match="--start other.pth: .*begin a new run"):
-        train_identity.main(["--resume", "--resume_override", "--out_dir", str(finished),
-                             "--start", "other.pth"])
+        train_identity.main(["--resume", "--out_dir", str(finished), "--start", "other.pth"])
 
 
-def test_overridden_learning_rates_are_used(faces, finished, tmp_path):
+def test_flags_given_beside_resume_are_applied_and_said(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    train_identity.main(["--resume", "--resume_override", "--out_dir", str(tmp_path / "run"),
-                         "--lr", "1e-5", "--lr_d", "1e-6", "--momentum_d", "0.2",
-                         "--num_epochs", "3", "--schedule", "constant"])
+    train_identity.main(["--resume", "--out_dir", str(tmp_path / "run"), "--lr", "1e-5", "--lr_d",
+                         "1e-6", "--num_epochs", "3", "--without", "cosine", "slow_d"])
+    said = capsys.readouterr().out
+    for change in ("--lr 0.0004 -> 1e-05", "--num_epochs 2 -> 3", "--lr_d 2.5e-05 -> 1e-06",
+                   "--without [] -> ['cosine', 'slow_d']"):
+        assert change in said
+    assert "--gamma" not in said and "--save_every" not in said
     assert pd.read_csv(tmp_path / "run" / "train_results.csv")["Learning_rate"].iloc[-1] == 1e-5
     group = checkpoints.read_run(tmp_path / "run")["parts"]["optimizerD"]["param_groups"][0]
-    assert group["lr"] == 1e-6 and tuple(group["betas"]) == (0.2, 0.999)
-
-
-def test_a_run_given_other_photographs_goes_on_with_them(faces, finished, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    train_identity.main(["--resume", "--resume_override", "--out_dir", str(run), "--train_dir",
-                         f"{faces}/valid", "--allow_overlap", "--num_epochs", "3"])
-    config = (run / "config.json").read_bytes()
-    train_identity.main(["--resume", "--out_dir", str(run)])  # not refused, and nothing to do
-    assert "3 epochs are done" in capsys.readouterr().out
-    assert (run / "config.json").read_bytes() == config
+    assert group["lr"] == 1e-6 and tuple(group["betas"]) == (0.9, 0.999)
+    train_identity.main(["--resume", "--out_dir", str(tmp_path / "run")])  # as it was left
+    assert "changed" not in (said := capsys.readouterr().out) and "3 epochs are done" in said
 
 
 def test_a_run_goes_on_without_the_generator_of_its_start(faces, tmp_path, finished, monkeypatch):
@@ -669,7 +683,7 @@ def test_a_second_signal_stops_a_lone_process_only(world):
     """A scheduler and torchrun each send one: rank 0 must not die while it saves."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        caught = train_identity.catch_signals(world)
+        caught = run_folder.catch_signals(world)
         os.kill(os.getpid(), signal.SIGTERM)
         assert caught == [signal.SIGTERM]
         assert (signal.getsignal(signal.SIGTERM) is signal.SIG_DFL) == (world == 1)
@@ -678,8 +692,9 @@ def test_a_second_signal_stops_a_lone_process_only(world):
             signal.signal(number, handler)
 
 
-def test_time_left_counts_what_the_gan_epochs_will_cost():
+def test_time_left_counts_what_the_gan_epochs_will_cost(monkeypatch):
     """5 more pixel epochs of a minute and 4 with every term in every fourth step: 5 + 4 x 3.25."""
+    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 4)
     args = train_identity.parse(["--num_epochs", "10", "--pretrain_epochs", "6"])
     row = dict.fromkeys(("PSNR", "SSIM", "Cosine", "Pixel"), 0.5)
     row |= {"Epoch": 1, "Phase": "pixel", "Seconds": 60.0}
@@ -693,26 +708,25 @@ def test_an_epoch_begins_anew_with_another_number_of_steps(faces, tmp_path, monk
         interrupt(patch, 2, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train_identity.main(flags(faces, tmp_path))
-    train_identity.main(["--resume", "--resume_override", "--out_dir", str(tmp_path),
-                         "--batch_size", "1"])
+    train_identity.main(["--resume", "--out_dir", str(tmp_path), "--batch_size", "1"])
     assert len(pd.read_csv(tmp_path / "train_results.csv")) == 2
 
 
 def test_the_schedule_follows_another_batch_size(finished, tmp_path):
     """After 3 of 4 epochs the half cosine from 1 to 0.05 is at cos(3/4 pi), in whatever steps."""
     shutil.copytree(finished, tmp_path / "run")
-    train_identity.main(["--resume", "--resume_override", "--out_dir", str(tmp_path / "run"),
-                         "--num_epochs", "4", "--batch_size", "1"])
+    train_identity.main(["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs", "4",
+                         "--batch_size", "1"])
     rate = pd.read_csv(tmp_path / "run" / "train_results.csv")["Learning_rate"]
     assert rate[2] == pytest.approx(4e-4 * (0.05 + 0.95 * (1 - math.sqrt(0.5)) / 2))
     assert rate[3] == pytest.approx(4e-4 * 0.05)
 
 
 def test_an_average_may_begin_later(faces, tmp_path):
-    train_identity.main(flags(faces, tmp_path, "--ema", "0", "--no_notch"))
+    train_identity.main(flags(faces, tmp_path, "--without", "ema", "stripe_filter"))
     last = checkpoints.read_run(tmp_path)["parts"]["netG"]
-    train_identity.main(["--resume", "--resume_override", "--ema", "0.999", "--lr", "0",
-                         "--num_epochs", "3", "--out_dir", str(tmp_path)])
+    train_identity.main(["--resume", "--without", "stripe_filter", "--lr", "0", "--num_epochs", "3",
+                         "--out_dir", str(tmp_path)])
     state = checkpoints.read_run(tmp_path)["parts"]
     assert torch.equal(state["average"]["last.weight"], last["last.weight"])
 
@@ -729,25 +743,18 @@ def test_an_overflow_in_fp16_does_not_stop_what_goes_on_in_fp32(faces, tmp_path,
     assert len(pd.read_csv(tmp_path / "train_results.csv")) == 2
 
 
-def test_what_lies_in_the_folder_is_set_aside(faces, tmp_path):
-    """The shipped run's files, twice: nothing is lost, and none is taken for this run's."""
-    for text in ("shipped", "broken off"):
-        for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_8_15.pth"):
-            (tmp_path / name).write_text(text)
-        args = train_identity.parse(flags(faces, tmp_path))
-        assert train_identity.open_folder(args) is None
-        train_identity.make_room(args)
-    for name in ("config.json", "netG_epoch_2_2.pth", "netG_epoch_8_15.pth"):
-        assert not (tmp_path / name).exists()
-        assert (tmp_path / f"previous_{name}").read_text() == "shipped"
-        assert (tmp_path / f"previous_previous_{name}").read_text() == "broken off"
+def test_generators_of_a_run_without_last_pt_are_not_overwritten(faces, tmp_path):
+    (tmp_path / "netG_epoch_2_2.pth").write_text("kept")
+    with pytest.raises(InputError, match="--overwrite"):
+        train_identity.main(flags(faces, tmp_path))
+    assert (tmp_path / "netG_epoch_2_2.pth").read_text() == "kept"
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(faces, tmp_path):
     (tmp_path / "samples").mkdir()
     for name in ("last.pt", "netG_epoch_2_100.pth", "netG_epoch_8_15.pth", "samples/epoch_100.png"):
         (tmp_path / name).write_text("old")
-    train_identity.make_room(train_identity.parse([*flags(faces, tmp_path), "--overwrite"]))
+    run_folder.delete_old_run(train_identity.parse([*flags(faces, tmp_path), "--overwrite"]))
     assert [path.name for path in tmp_path.rglob("*.*")] == ["netG_epoch_8_15.pth"]  # another scale
 
 
@@ -762,21 +769,21 @@ def test_a_run_that_is_refused_costs_nothing(faces, tmp_path, last):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_start_among_the_files_to_set_aside_is_refused(faces, tmp_path, monkeypatch):
+def test_a_start_that_overwrite_would_delete_is_refused(faces, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = tmp_path / "netG_epoch_2_15.pth"
     start.write_text("kept")
     for spelling in (str(start), start.name):
         with pytest.raises(InputError, match="--out_dir"):
-            train_identity.open_folder(train_identity.parse(
-                [*flags(faces, tmp_path), "--start", spelling]))
+            run_folder.open_run(train_identity.parse(
+                [*flags(faces, tmp_path), "--overwrite", "--start", spelling]))
     assert start.read_text() == "kept"
 
 
 def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch):
     """It replaces the demo before it, so it must never be in the folder of a run."""
     written = []
-    monkeypatch.setattr(train_identity.figures, "save_image", lambda image, path: None)
+    monkeypatch.setattr(figures, "save_image", lambda image, path: None)
     monkeypatch.setattr(train_identity, "main", written.append)
     monkeypatch.setattr(train_identity.evaluate, "main", lambda argv: None)
     train_identity.demo(train_identity.parse(["--demo", "--out_dir", str(tmp_path)]))
@@ -792,7 +799,7 @@ def test_a_folder_that_cannot_be_written_is_bad_input(faces, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     argv = flags(faces, tmp_path / "file" / "run")
     with pytest.raises(SystemExit) as stop:
-        train_identity.run_script(lambda: train_identity.main(argv))
+        run_script(lambda: train_identity.main(argv))
     assert stop.value.code == 2 and "file" in capsys.readouterr().err
 
 
@@ -831,9 +838,9 @@ def test_two_processes_learn_what_one_learns(faces, tmp_path, monkeypatch):
     for i in range(4):
         (tmp_path / "train" / f"{i}.png").write_bytes(picture)
     (tmp_path / "valid").symlink_to(faces / "valid")
-    one, two = (flags(tmp_path, tmp_path / name, "--no_flip", "--save_every", "1", "--batch_size",
-                      "4", "--num_epochs", "2", "--lazy", "1") for name in ("one", "two"))
-    monkeypatch.setattr(train_identity, "load_face_network", load_face_network)  # as the two do
+    one, two = (flags(tmp_path, tmp_path / name, "--without", "flips", "lazy", "--save_every", "1",
+                      "--batch_size", "4") for name in ("one", "two"))
+    monkeypatch.setattr(training_step, "load_face_network", load_face_network)  # as the two do
     train_identity.main(one)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(torchrun(*two), check=True, env=environment, timeout=120)
@@ -849,12 +856,12 @@ def test_a_rank_that_dies_ends_the_job(faces, tmp_path):
         "import os, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import train_identity\n"
-        "step = train_identity.apply_updates\n"
+        "step = training_step.apply_updates\n"
         "def dies(run, with_gan):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        os._exit(7)\n"
         "    step(run, with_gan)\n"
-        "train_identity.apply_updates = dies\n"
+        "training_step.apply_updates = dies\n"
         "train_identity.main(sys.argv[1:])\n")
     command = [str(script) if part == ROOT / "train_identity.py" else part
                for part in torchrun(*flags(faces, tmp_path / "run"))]

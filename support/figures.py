@@ -1,17 +1,13 @@
 """Every picture and plot that the scripts write.
 
-`python figures.py` draws the README's pipeline.svg. Each plot must read in black and white: lines
-differ in dashes and markers, and carry their name at their end instead of in a legend.
+Each plot must read in black and white: lines differ in dashes and markers, and carry their name at
+their end instead of in a legend.
 """
-
-import re
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoints import replacing
-from data_utils import to_image
+from support.checkpoints import replacing
 
 # matplotlib is imported where something is plotted: it would add a second to every --help.
 
@@ -30,6 +26,12 @@ STYLES = (("black", "-", "o"), ("#0072b2", (0, (5, 2)), "s"), ("#d55e00", (0, (1
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
+
+
+def to_image(tensor):
+    """Float tensor (3, H, W) in [0, 1] -> PIL RGB picture, rounded to 8 bit."""
+    array = tensor.detach().float().clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
 
 
 def save_image(image, path):
@@ -267,96 +269,3 @@ def save_tradeoff(table, curves, path, blend=None):
         label_ends(panel, ends)
     with replacing(path) as temporary:
         figure.savefig(temporary)
-
-
-# ---------------------------------------------------------------------------------------------
-# The pipeline, for the README
-
-# A drawn face in 100 x 100 units, and its middle at low resolution (a colour per letter).
-FACE = """<rect width="100" height="100" fill="#b9d3e6"/>
-<path d="M15 100Q22 80 50 80Q78 80 85 100Z" fill="#54708a"/>
-<ellipse cx="50" cy="47" rx="24" ry="30" fill="#4a3427"/>
-<ellipse cx="50" cy="53" rx="19" ry="26" fill="#e3b795"/>
-<path d="M42 48v.1M58 48v.1" stroke="#222" stroke-width="5" stroke-linecap="round"/>
-<path d="M49 53L48 60H51M42 67Q50 73 58 67" fill="none" stroke="#8d5a44" stroke-width="2"/>"""
-PIXELS = "hhhhhhhh hhsssshh hssssssh hsessesh hssssssh hssnsssh hssmmssh bhsssshb".split()
-COLOURS = {"h": "#5f4636", "s": "#dfb392", "e": "#6e5a50", "n": "#c49778", "m": "#b37f64",
-           "b": "#93a9b8"}
-
-
-def save_pipeline(path):
-    """pipeline.svg: from a photograph to L_total; white behind, so that it suits dark pages too."""
-    parts = []
-
-    def text(x, y, words, weight="normal", size=12, anchor="middle"):
-        words = re.sub(r"_(\w+)([^L]*)",  # L_total: a subscript, then up again
-                       r'<tspan dy="3" font-size="75%">\1</tspan><tspan dy="-3">\2</tspan>', words)
-        parts.append(f'<text x="{x}" y="{y}" font-size="{size}" font-weight="{weight}" '
-                     f'text-anchor="{anchor}">{words}</text>')
-
-    def box(x, y, width, height, *lines, fill="#f6f8fa"):
-        parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" '
-                     f'fill="{fill}" stroke="#57606a"/>')
-        for n, words in enumerate(lines):
-            text(x + width / 2, y + height / 2 + 4 + 18 * n - 9 * (len(lines) - 1), words)
-
-    def arrow(*points, head="url(#head)"):
-        parts.append(f'<path d="M{"L".join(f"{x} {y}" for x, y in points)}" fill="none" '
-                     f'stroke="#1f2328" stroke-width="1.5" marker-end="{head}"/>')
-
-    def picture(x, name, size, view, content):
-        parts.append(f'<svg x="{x}" y="44" width="96" height="96" viewBox="{view}">{content}</svg>')
-        text(x + 48, 158, name, "bold")
-        text(x + 48, 174, size)
-
-    pixels = "".join(f'<path d="M{x} {y}h1v1h-1z" fill="{COLOURS[letter]}"/>'
-                     for y, row in enumerate(PIXELS) for x, letter in enumerate(row))
-    square = '<path d="M25 25h50v50h-50z" fill="none" stroke="#000" stroke-dasharray="3 2"/>'
-    picture(24, "frame", "256 × 256", "0 0 100 100", FACE + square)
-    picture(192, "HR", "128 × 128", "25 25 50 50", FACE)
-    picture(360, "LR", "16 × 16", "0 0 8 8", pixels)
-    picture(860, "SR", "128 × 128", "25 25 50 50", FACE)
-    for left, right, *words in ((124, 188, "centre", "crop"), (292, 356, "bicubic", "÷ 8"),
-                                (460, 484), (832, 856)):
-        arrow((left, 92), (right, 92))
-        for n, word in enumerate(words):
-            text((left + right) / 2, 84 + 24 * n, word)
-    box(488, 36, 344, 112, fill="#ddf4ff")
-    text(660, 58, "Generator", "bold", 14)
-    for x, width, *words in ((496, 48, "9×9", "conv"), (550, 76, "5 residual", "blocks"),
-                             (632, 84, "3 sub-pixel", "blocks"), (722, 48, "9×9", "conv"),
-                             (776, 48, "tanh")):
-        box(x, 70, width, 66, *words, fill="#fff")
-
-    arrow((240, 182), (240, 212), head="")
-    arrow((908, 182), (908, 212), head="")
-    arrow((136, 212), (908, 212), head="")
-    text(490, 205, "SR and HR")
-    for n, (loss, weight, *words) in enumerate((
-            ("L_pixel", "× 1", "mean squared error", "of the pixels"),
-            ("L_content", "× α (alpha)", "VGG16 features[:31]", "mean squared error"),
-            ("L_GAN", "× β (beta)", "Discriminator", "real HR or generated SR?"),
-            ("L_identity", "× γ (gamma)", "InceptionResnetV1 embeddings", "mean squared error"))):
-        x = 24 + 236 * n
-        arrow((x + 112, 212), (x + 112, 236))
-        box(x, 240, 224, 78, "", *words, fill="#fff8c5" if loss == "L_identity" else "#f6f8fa")
-        text(x + 112, 261, loss, "bold", 14)
-        arrow((x + 112, 318), (x + 112, 358))
-        text(x + 124, 343, weight, anchor="start")
-    box(24, 362, 932, 44)
-    text(490, 389, "L_total = L_pixel + α L_content + β L_GAN + γ L_identity", "bold", 16)
-
-    with replacing(path) as temporary:
-        temporary.write_bytes((
-            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 14 980 412" role="img" '
-            'font-family="Helvetica, Arial, sans-serif" fill="#1f2328">\n'
-            "<title>From a photograph to L_total</title>\n"
-            '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" '
-            'markerHeight="8" markerUnits="userSpaceOnUse" orient="auto">'
-            '<path d="M0 0L8 4L0 8z"/></marker>\n'
-            '<rect x="1" y="15" width="978" height="410" rx="12" fill="#fff" stroke="#d0d7de"/>\n'
-            + "\n".join(parts) + "\n</svg>\n").encode())
-
-
-if __name__ == "__main__":
-    save_pipeline(Path(__file__).with_name("pipeline.svg"))

@@ -1,4 +1,4 @@
-"""Files that must survive: atomic writing, generators and discriminators on disk, resuming a run.
+"""Files that must survive: atomic writing, generators on disk, resuming a run.
 
 Every file is written under a temporary name beside its place, flushed to disk and moved there, so
 that a reader (or a run that is resumed) finds the old file or the new one, never half of one.
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-from data_utils import InputError
-from model import Discriminator, Generator
+from model import Generator
+from support.cli import InputError
+
+PRETRAINED = Path(__file__).parent.parent / "epochs" / "pretrained"
 
 # ---------------------------------------------------------------------------------------------
 # Writing
@@ -86,8 +88,8 @@ def generator_path(folder, factor, epoch):
 def public_names(n_upsample):
     """The key table at our border: {prefix in the public SRGAN code base: our prefix}.
 
-    It is the code base that the report started from; its generators hold `block1` to `block8`,
-    its discriminators `net`. `n_upsample` is log2 of the generator's factor.
+    It is the code base that the report started from; its generators hold `block1` to `block8`.
+    `n_upsample` is log2 of the generator's factor.
     """
     return {
         "block1.": "first.",
@@ -95,9 +97,6 @@ def public_names(n_upsample):
         "block7.": "skip.",
         **{f"block8.{n}.": f"upsample.{n}." for n in range(n_upsample)},
         f"block8.{n_upsample}.": "last.",
-        "net.24.": "classifier.1.",
-        "net.26.": "classifier.3.",
-        "net.": "features.",
     }
 
 
@@ -132,13 +131,13 @@ def read_torch(path):
 
 
 def read_state(path):
-    """The state dict in a checkpoint file, under our names."""
+    """The state dict of a network, as it stands in a file."""
     state = read_torch(path)
     if not isinstance(state, dict) or not state or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InputError(f"{path}: not the state dict of a network (last.pt is for --resume; "
                          "give a netG_epoch_*.pth)")
-    return from_public_layout(state)
+    return state
 
 
 def _load_into(network, state, path):
@@ -160,7 +159,7 @@ def load_generator(path):
     The upscale factor is read from the file (`.scale_factor`). Raises InputError naming the file:
     missing, truncated, hostile, another network, NaN.
     """
-    state = read_state(path)
+    state = from_public_layout(read_state(path))
     n_upsample = len({k for k in state if re.fullmatch(r"upsample\.\d+\.conv\.weight", k)})
     if not 1 <= n_upsample <= 6:
         raise InputError(f"{path}: not a checkpoint of the report's Generator "
@@ -168,23 +167,13 @@ def load_generator(path):
     return _load_into(Generator(2 ** n_upsample), state, path)
 
 
-def load_discriminator(path):
-    """A Discriminator in eval mode; as `load_generator`."""
-    return _load_into(Discriminator(), read_state(path), path)
-
-
 def shipped_generator():
-    """Path of the generator in this repository's `epochs/`: the one of the last epoch.
-
-    That is the shipped one until a run there has saved its first, also while that run keeps the
-    shipped one as previous_*. Raises InputError if there is none.
-    """
-    found = [(not match[1], int(match[2]), path)
-             for path in (Path(__file__).parent / "epochs").glob("*.pth")
-             if (match := re.fullmatch(r"(previous_)?netG_epoch_8_(\d+)\.pth", path.name))]
+    """Path of the generator that this repository ships. Raises InputError if it is gone."""
+    found = sorted(PRETRAINED.glob("netG_epoch_8_*.pth"))
     if not found:
-        raise InputError("epochs/ holds no netG_epoch_8_*.pth; train one, or name a --checkpoint")
-    return max(found)[2]
+        raise InputError(f"{PRETRAINED}: holds no netG_epoch_8_*.pth; take it from the repository "
+                         "again, or name a --checkpoint")
+    return found[-1]
 
 
 def parse_blend(text):
@@ -221,12 +210,8 @@ def load_blend(path_a, path_b, weight):
 
 def _start_of(path):
     """Digest of the generator that a checkpoint's run started from; None if nothing tells."""
-    if Path(path).name.startswith("previous_"):  # the config.json beside it is another run's
-        return None
-    try:
-        return json.loads(Path(path).with_name("config.json").read_text())["start"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    with suppress(InputError):
+        return read_config(Path(path).with_name("config.json")).get("start")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,3 +253,13 @@ def restore_run(state, parts, path):
     torch.set_rng_state(state["cpu_rng"])
     if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def read_config(path):
+    """A run's config.json. Raises InputError naming the file where it is not one."""
+    try:
+        config = dict(json.loads(Path(path).read_text()))
+        dict(config["flags"])
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the config.json of a run ({error})") from None

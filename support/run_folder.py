@@ -1,0 +1,277 @@
+"""A run's folder: opened, described in config.json, saved in intervals, stopped, resumed."""
+
+import hashlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+
+from support import checkpoints
+from support.cli import InputError, log
+
+# Flags that say where a run is kept or how it was called, and those that say where it computes:
+# neither kind is part of what it learns.
+NOT_OF_THE_RUN = {"config", "recipe", "preset", "resume", "overwrite", "demo", "out_dir"}
+MACHINE_FLAGS = {"save_every", "save_minutes", "cache_gb", "device", "allow_overlap", "precision",
+                 "train_dir", "valid_dir"}
+
+# Flags of versions before --without: (today's value, the report's, the departure's name now).
+OLD_FLAGS = {
+    "no_flip": (False, True, "flips"), "no_icnr": (False, True, "icnr"),
+    "no_notch": (False, True, "stripe_filter"), "separate_d": (False, True, "mixed_batches"),
+    "schedule": ("cosine", "constant", "cosine"), "gan_loss": ("bce", "linear", "cross_entropy"),
+    "max_ratio": (2.0, 0.0, "ratio_bound"), "ema": (0.999, 0.0, "ema"), "lazy": (4, 1, "lazy"),
+    "momentum_d": (0.5, 0.9, "slow_d"),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+def run_flags(args):
+    """The flags that make a run what it is; not where it is kept or how it was called."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
+
+
+def stored_flags(flags, args, source):
+    """Flags from a config.json or last.pt -> those that this version knows, older ones translated.
+
+    args: the flags of today; source: the file's name. Says in a line what is left out or missing.
+    """
+    flags, without, left_out = dict(flags), [], []
+    for name, (ours, report, departure) in OLD_FLAGS.items():
+        if name in flags and "without" not in flags:
+            value = flags.pop(name)
+            if value == report:
+                without.append(departure)
+            elif value != ours:
+                left_out.append(f"{name} {value}")
+    flags.setdefault("without", without)
+    known = run_flags(args)
+    left_out += sorted(flags.keys() - known.keys())
+    for what, names in (("is left out, being unknown", left_out),
+                        ("is not in it and as today", sorted(known.keys() - flags.keys()))):
+        if names:
+            log(f"{source} is another version's: {', '.join(names)} {what}")
+    return {name: value for name, value in flags.items() if name in known}
+
+
+def changed_flags(then, now, ignored=()):
+    """["--lr 0.0004 -> 0.0001", ...]: where two runs' flags differ."""
+    return [f"--{name} {then.get(name)} -> {now.get(name)}" for name in sorted({*then, *now})
+            if name not in ignored and then.get(name) != now.get(name)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_run(args):
+    """The state to resume from, or None for a new run; changes nothing that a person may want.
+
+    A folder that holds a run is refused unless --resume or --overwrite says what to do with it.
+    """
+    folder = Path(args.out_dir)
+    holds_a_run = (folder / "last.pt").exists() or generators(args)
+    if holds_a_run and not (args.resume or args.overwrite):
+        raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
+                         f"{folder}), choose another --out_dir, or replace it (--overwrite)")
+    for leftover in folder.glob(".*.tmp*"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    if args.resume:
+        return checkpoints.read_run(folder)
+    if args.overwrite and args.start and (
+            Path(args.start).resolve() in [path.resolve() for path in generators(args)]):
+        raise InputError(f"--start {args.start} belongs to the run that --overwrite deletes; copy "
+                         "it elsewhere, or choose another --out_dir")
+    return None
+
+
+def generators(args):
+    """The networks in --out_dir that a run of this factor left."""
+    return sorted(Path(args.out_dir).glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth"))
+
+
+def delete_old_run(args):
+    """What --overwrite replaces.
+
+    Only when all that a new run needs has been loaded: what is refused must cost nothing.
+    """
+    folder = Path(args.out_dir)
+    if args.overwrite:
+        for path in (folder / "last.pt", *generators(args), *folder.glob("samples/epoch_*.png")):
+            path.unlink(missing_ok=True)
+
+
+def new_progress(args, train, valid):
+    """What last.pt holds beside the networks, before the first step."""
+    return {"epoch": 1, "step": 0, "updates": 0, "history": None, "rows": [], "seconds": 0.0,
+            "flags": run_flags(args),
+            "start": file_digest(args.start) if args.start and not args.resume else None,
+            "data": {"train_dir": train.digest(), "valid_dir": valid.digest()}}
+
+
+def resume(state, args, progress, trainer, parts, steps_per_epoch):
+    """Put `open_run`'s state into the trainer -> its progress, with the flags of today.
+
+    A flag that was given beside --resume is applied and said; other photographs are refused.
+    """
+    saved = state["progress"]
+    for name in ("train_dir", "valid_dir"):
+        if saved["data"][name] != progress["data"][name]:
+            raise InputError(f"--{name} {getattr(args, name)}: not the photographs that the run in "
+                             f"{args.out_dir} began with; put them back, or begin a new run with "
+                             "--start and another --out_dir")
+    then, now = saved["flags"], progress["flags"]
+    if then.get("start") != now["start"]:
+        raise InputError(f"--start {now['start']}: a run that goes on has its weights; leave that "
+                         "flag out, or begin a new run in another --out_dir")
+    if changed := changed_flags(then, now):
+        log(f"changed for the epochs to come: {', '.join(changed)}")
+    state["parts"].setdefault("average", state["parts"]["netG"])  # begun --without ema
+    checkpoints.restore_run(state, parts, Path(args.out_dir, "last.pt"))
+    progress = saved | {name: progress[name] for name in ("flags", "data")}
+    trainer.updates = progress["updates"]
+    if progress["history"] is not None and len(progress["history"]) != steps_per_epoch:
+        log(f"another number of steps per epoch: epoch {progress['epoch']} begins anew")
+        progress.update(step=0, history=None)
+    if progress["history"] is not None:
+        history = progress["history"].to(trainer.device)
+        # an fp16 overflow is no reason to stop what goes on in another precision
+        progress["history"] = torch.where(history.isinf(), torch.nan, history)
+    # counted in this run's steps, since another batch size makes other epochs
+    trainer.scheduleG.last_epoch = (progress["epoch"] - 1) * steps_per_epoch + progress["step"]
+    return progress
+
+
+def file_digest(path):
+    """SHA-256 of a file's bytes, hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def describe(args, trainer, progress, train, valid, device, world):
+    """config.json: what a reader needs to repeat the run."""
+    def git(*command):
+        try:
+            return subprocess.run(["git", *command], cwd=Path(__file__).parent, text=True,
+                                  capture_output=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "flags": run_flags(args),
+        "start": progress.get("start"),
+        "networks": {"vgg16": getattr(trainer.loss.vgg, "label", "not used"),
+                     "inception_resnet_v1": trainer.face_network.label},
+        "data": {"train": {"n": len(train), "hash": train.digest()},
+                 "valid": {"n": len(valid), "hash": valid.digest()}},
+        "seed": args.seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": world,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__, "numpy": np.__version__},
+        "git": {"commit": git("rev-parse", "HEAD"),
+                "clean": status == "" if status is not None else None},
+        "wall_seconds": float(sum(row["Seconds"] for row in progress["rows"])),
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving and stopping
+
+
+def catch_signals(world):
+    """List that SIGINT and SIGTERM append to; a second signal stops a lone process at once.
+
+    One of several gets two from a scheduler, its own and torchrun's: it saves, and torchrun kills
+    it if that takes longer than half a minute.
+    """
+    caught = []
+
+    def note(number, _frame):
+        caught.append(number)
+        if world == 1:
+            for known in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(known, signal.SIG_DFL)
+
+    for known in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(known, note)
+    return caught
+
+
+def ignore_signals(_worker):
+    """torchrun signals the workers of a DataLoader too: they end when the run has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Saver:
+    """Writes last.pt now and then and when a signal asks the run to stop; keeps the epoch's time.
+
+    parts: {name: anything with a state_dict()}; check: function that raises InputError where the
+    state must not be saved.
+    """
+
+    def __init__(self, args, parts, progress, trainer, rank, world, check):
+        self.args, self.parts, self.progress, self.trainer = args, parts, progress, trainer
+        self.rank, self.world, self.check = rank, world, check
+        self.caught = catch_signals(world)
+        self.counted = self.saved = time.perf_counter()
+
+    def count_seconds(self):
+        """Add the time since the last call to the epoch's."""
+        now = time.perf_counter()
+        self.progress["seconds"] += now - self.counted
+        self.counted = now
+
+    def save(self):
+        self.count_seconds()
+        self.saved = self.counted
+        self.progress["updates"] = self.trainer.updates
+        if self.rank == 0:
+            checkpoints.save_run(self.args.out_dir, self.parts, self.progress)
+
+    def after_update(self):
+        """Save if it is time to; stop if a signal came, in all processes at the same step."""
+        stop = self.stop_signal()
+        if stop or time.perf_counter() - self.saved > 60 * self.args.save_minutes:
+            self.check()
+            self.save()
+        if stop:
+            log(f"stopped at epoch {self.progress['epoch']}, step {self.progress['step']}; go on "
+                f"with:\n  {self.command()} train_identity.py --resume --out_dir "
+                f"{self.args.out_dir}")
+            if self.world > 1:
+                dist.destroy_process_group()
+            sys.exit(128 + stop)
+
+    def stop_signal(self):
+        """Number of the signal that a process caught, 0 if none."""
+        stop = torch.tensor(self.caught[0] if self.caught else 0)
+        if self.world > 1:
+            # a GPU that waits for the others' answer stands still, so it asks now and then
+            if self.progress["step"] % (8 if self.trainer.device.type == "cuda" else 1):
+                return 0
+            stop = stop.to(self.trainer.device)
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        return int(stop)
+
+    def command(self):
+        """What a person types before the script's name."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if self.world == 1:
+            return "python"
+        if self.world == local:
+            return f"torchrun --nproc_per_node={local}"
+        return f"torchrun (on {self.world // local} machines, with the options as before)"

@@ -1,0 +1,333 @@
+"""One update of both networks: the report's L_total, differentiated at SR, term by term.
+
+`train_step` fills the gradients, `discriminator_step` is its part against D, `apply_updates` moves
+the weights. `build_trainer` makes the networks, losses and optimisers that they work on.
+"""
+
+import math
+from copy import deepcopy
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from loss_identity import (
+    GeneratorLoss,
+    adversarial_loss,
+    fake_loss,
+    load_face_network,
+    load_vgg,
+    pixel_loss,
+    real_loss,
+)
+from model import Discriminator, Generator, probability, remove_stripes_
+from support import checkpoints
+from support.cli import InputError
+from support.machine import autocast, fast_precision, release_memory
+
+# What each step logs, in this order; nan where a step left a term out.
+LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "score_g", "ratio")
+
+LAZY_INTERVAL = 4  # steps between two with the adversarial or the perceptual terms
+MAX_RATIO = 2.0    # of the adversarial gradient at SR to the pixel loss's
+EMA_DECAY = 0.999  # limit of the generator average's decay
+BETA1_D = 0.5      # of D's Adam; plain Adam has 0.9
+
+NOT_FINITE = ("stopped, and last.pt, once written, keeps the last good state. Lower the learning "
+              "rate (--lr, --lr_d) or that term's weight beside --resume")
+
+
+def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_weight=1):
+    """Gradients of the generator and, `with_gan`, of the discriminator, on one batch.
+
+    L_total is differentiated at SR, term by term, and the sum goes back through the generator
+    once. That frees each frozen network's activations before the next term, gives the size of each
+    gradient for nothing, and lets one pass of D over the fakes serve both sides of the game: D's
+    update takes the gradient to its parameters, the generator's the one to the images.
+
+    trainer: see `build_trainer`; lr, hr: (N, 3, h, w), (N, 3, H, W) in [0, 1]; targets:
+    `trainer.loss.targets(hr)`; interval_weight: of the terms that only every so many-th step
+    computes. -> the LOGGED values, whose ratio is that of the adversarial to the pixel gradient,
+    before trainer.max_ratio bounds it.
+    """
+    loss, scale = trainer.loss, trainer.scaler.get_scale()
+    logged = {}
+    with trainer.autocast():
+        # D's activations and the generator's do not fit into memory together
+        sr_graph = trainer.ddpG(lr, trainer.checkpoint_chunk if with_gan else None)
+    sr = sr_graph.detach().requires_grad_()
+
+    logged["pixel"] = pixel_loss(sr, hr)
+    gradient, = torch.autograd.grad(logged["pixel"], sr)
+
+    if with_gan:
+        trainer.release_memory()
+        grad_sr = discriminator_step(trainer, sr, hr, logged, scale)
+        squares = torch.stack([grad_sr.norm().square(), gradient.norm().square()])
+        if dist.is_initialized():  # one bound for all processes
+            dist.all_reduce(squares)
+        logged["ratio"] = (squares[0] / squares[1].clamp_min(1e-24)).sqrt()
+        if trainer.max_ratio:  # a D that wins would drown the other terms
+            grad_sr *= (trainer.max_ratio / logged["ratio"]).clamp_max(1)
+        gradient += interval_weight * grad_sr
+
+    if with_perceptual and (loss.alpha or loss.gamma):
+        trainer.release_memory()
+        with trainer.autocast():
+            grad_sr, content, identity = loss.perceptual_gradient(
+                sr.detach(), targets, trainer.chunk, scale)
+        logged |= {"content": content} if loss.alpha else {}
+        logged |= {"identity": identity} if loss.gamma else {}
+        gradient += interval_weight * grad_sr
+
+    sr_graph.backward(gradient * scale)
+    # nan marks a term that this step left out, so a term that has become nan is noted as inf
+    return torch.stack([logged[name].detach().float().nan_to_num(math.inf, math.inf, math.inf)
+                        if name in logged else sr.new_full((), math.nan) for name in LOGGED])
+
+
+def discriminator_step(trainer, sr, hr, logged, scale):
+    """The game against D: its gradients -> the gradient of beta L_GAN at `sr`, a leaf.
+
+    Adds the gradient of D's loss to D's parameters, and the terms to `logged`. One pass of D over
+    the fakes serves both sides (see `discriminator_batches`). scale: a GradScaler's, which D's
+    gradients keep and the result does not.
+    """
+    kind, grad_sr = trainer.loss.gan_loss, torch.zeros_like(sr)
+    logged |= {name: sr.new_zeros(()) for name in ("adversarial", "loss_d", "score_d", "score_g")}
+    for real, fake in discriminator_batches(trainer.mixed_batches, hr, sr):
+        with trainer.autocast():
+            real_logits, fake_logits = trainer.ddpD(torch.cat([real, fake])).split(
+                [len(real), len(fake)])
+        loss_d = sr.new_zeros(())
+        if len(real):
+            part = len(real) / len(hr)
+            loss_d += real_loss(kind, real_logits) * part
+            logged["score_d"] += probability(real_logits.detach().float()).mean() * part
+        if len(fake):
+            part = len(fake) / len(sr)
+            adversarial = adversarial_loss(kind, fake_logits) * part
+            grad_sr += torch.autograd.grad(adversarial * scale, sr, retain_graph=True)[0]
+            loss_d += fake_loss(kind, fake_logits) * part
+            logged["adversarial"] += adversarial.detach()
+            logged["score_g"] += probability(fake_logits.detach().float()).mean() * part
+        (loss_d * scale).backward(inputs=trainer.parametersD)
+        logged["loss_d"] += loss_d.detach()
+    return grad_sr * (trainer.loss.beta / scale)
+
+
+def discriminator_batches(mixed, hr, sr):
+    """[(real, fake)]: the images of each of D's two passes.
+
+    Mixed, each pass has half of the real and half of the fake images; a batch of one has one pass.
+    Otherwise either kind has a pass of its own, as in the published code: BatchNorm then
+    standardises each kind with its own statistics, which takes away most of what tells the two
+    apart, and D hardly learns (results/EXPERIMENTS.md, "Why the discriminator dies").
+    """
+    return list(zip(hr.chunk(2), sr.chunk(2))) if mixed else [(hr, sr[:0]), (hr[:0], sr)]
+
+
+def apply_updates(trainer, with_gan):
+    """Step the optimisers on the gradients, then the schedule and the average."""
+    for optimizer in [trainer.optimizerG] + [trainer.optimizerD] * with_gan:
+        trainer.scaler.step(optimizer)
+        optimizer.zero_grad()
+    if trainer.stripe_filter:
+        remove_stripes_(trainer.netG.last.weight)
+    trainer.scaler.update()
+    trainer.scheduleG.step()
+    trainer.updates += 1
+    if trainer.average is not trainer.netG:
+        update_average(trainer.average, trainer.netG, trainer.updates, EMA_DECAY)
+
+
+@torch.no_grad()
+def update_average(average, netG, updates, limit):
+    """Exponential moving average of weights and BatchNorm statistics, in place.
+
+    The decay ramps up as (1 + t) / (10 + t) towards `limit`: a fixed one would hold on to the
+    random start for thousands of steps.
+    """
+    decay = min(limit, (1 + updates) / (10 + updates))
+    for mean, value in zip(average.state_dict().values(), netG.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+def keeps_targets(args, dataset):
+    """Whether the frozen networks' answers to the HR crops, with and without flip, are kept."""
+    bytes_each = 4 * 512 * ((dataset.crop_size // 32) ** 2 + 1)  # VGG features and embedding
+    return (args.crop == "center"
+            and 2 * len(dataset) * bytes_each < args.cache_gb * 2 ** 30)
+
+
+def cached_targets(loss, target_cache, keys, hr):
+    """`loss.targets(hr)`, computed once per (image, flip): HR crops never change.
+
+    One image at a time, so that a target does not depend on the batch that it was first met in and
+    a resumed run finds the same bits. target_cache: {key: targets}, filled here.
+    """
+    for key, image in zip(keys, hr):
+        if key not in target_cache:
+            target_cache[key] = loss.targets(image[None])
+    return [None if column[0] is None else torch.cat(column)
+            for column in zip(*(target_cache[key] for key in keys))]
+
+
+def validation_discriminator(trainer):
+    """function (hr, sr) -> [logits of HR, of SR], with D as its own steps see the images.
+
+    That is in passes with the batch's statistics: BatchNorm's running ones lag behind, and with
+    them a D that tells most pairs apart may call all images the same. A copy, so that looking
+    changes nothing; a plain one, since ranks with unequal numbers of batches must not wait for
+    each other. The logits are fp32, whatever the precision of the passes.
+    """
+    with torch.device("meta"):  # no start values to be drawn and thrown away
+        netD = Discriminator()
+    netD.to_empty(device=trainer.device).to(memory_format=torch.channels_last).train()
+    netD.load_state_dict(trainer.netD.state_dict())
+
+    def discriminate(hr, sr):
+        with trainer.autocast():
+            logits = [netD(torch.cat([real, fake])).float().split([len(real), len(fake)])
+                      for real, fake in discriminator_batches(trainer.mixed_batches, hr, sr)]
+        return [torch.cat(kind) for kind in zip(*logits)]
+
+    return discriminate
+
+
+def dead_discriminator(row, args):
+    """A warning when D taught nothing for a whole epoch, else None.
+
+    Either it could not tell real from generated, or its gradient did not arrive.
+    """
+    gap, ratio = row["Score_D"] - row["Score_G"], row["Gradient_ratio"]
+    undone = [name for name in ("cross_entropy", "mixed_batches", "slow_d") if name in args.without]
+    if gap >= 0.01 and ratio < 1e-4:  # D tells them apart, but SR hears nothing of it
+        advice = ["it with cross_entropy"] * ("cross_entropy" in undone) + ["a larger --beta"]
+        advice += ["a lower --lr_d"] * (gap > 0.9)
+        return (f"warning: epoch {row['Epoch']}: the discriminator is not heard: D(x) - D(G(z)) is "
+                f"{gap:.4f}, but its gradient at SR is {ratio:.1e} of the pixel gradient, so the "
+                f"adversarial term teaches nothing. Try {', or '.join(advice)}")
+    if gap < 0.01:
+        advice = [f"it with {' and '.join(undone)} (--without names them)"] * bool(undone)
+        advice += ["a higher --lr_d", "more steps: a larger --num_epochs"]
+        return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
+                f"{gap:.4f}. It cannot tell real from generated images, so the adversarial term "
+                f"teaches nothing, however large its gradient is (at SR {ratio:.1e} of the pixel "
+                f"gradient). Try {', or '.join(advice)}")
+    return None
+
+
+def check_finite(history, epoch, scaled=False):
+    """Raise InputError naming epoch, step and term of the first loss that is not finite.
+
+    scaled: a GradScaler passes over a step whose gradients overflowed, so the ratio may be inf.
+    """
+    losses = history[:, :LOGGED.index("ratio")] if scaled else history
+    bad = losses.isinf().nonzero().tolist()
+    if bad:
+        step, term = bad[0]
+        raise InputError(f"epoch {epoch}, step {step + 1}: {LOGGED[term]} is not finite; "
+                         f"{NOT_FINITE}")
+
+
+def check_weights(trainer, progress):
+    """Raise InputError if the last update made a weight infinite or nan: it must not be saved."""
+    for name, network in (("generator", trainer.netG), ("discriminator", trainer.netD)):
+        if not torch.stack([p.isfinite().all() for p in network.parameters()]).all():
+            raise InputError(f"epoch {progress['epoch']}, step {progress['step']}: its update made "
+                             f"weights of the {name} that are not finite; {NOT_FINITE}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Set-up
+
+
+def build_trainer(args, device, steps_per_epoch, world=1):
+    """Networks, losses, optimisers and schedules of a run, in one namespace.
+
+    args: the flags of train_identity.py. `trainer.average` is netG itself without an average.
+    """
+    torch.manual_seed(args.seed)
+    trainer = SimpleNamespace(device=device, updates=0)
+    build_networks(trainer, args, device, world)
+    trainer.face_network = load_face_network(args.face_weights).to(device)
+    vgg = load_vgg(args.vgg_weights).to(device) if args.alpha else None
+    trainer.loss = GeneratorLoss(args.alpha, args.beta, args.gamma, vgg, trainer.face_network,
+                                 "linear" if "cross_entropy" in args.without else "bce")
+    trainer.mixed_batches = "mixed_batches" not in args.without
+    trainer.max_ratio = 0 if "ratio_bound" in args.without else MAX_RATIO
+    build_optimizers(trainer, args, device, steps_per_epoch)
+
+    if args.precision == "auto":
+        args.precision = fast_precision(device)  # noted with the flags: part of what the run is
+    trainer.autocast = autocast(device, args.precision)
+    trainer.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    trainer.scaler.scale(torch.zeros((), device=device))  # makes its factor when first used
+    # A CPU frees activations that it has done with; a GPU wants the whole batch. Sixteen images in
+    # the frozen networks take no more than D does.
+    trainer.chunk = 16 if device.type == "cpu" else args.batch_size
+    trainer.checkpoint_chunk = 4 if device.type == "cpu" else None
+    trainer.release_memory = release_memory if device.type == "cpu" else (lambda: None)
+    trainer.curves_drawn = -math.inf  # seconds on the clock
+    trainer.target_cache = {}        # HR's VGG features and embeddings, of the training images
+    trainer.hr_embedding_cache = {}  # HR's embeddings, of the validation images
+    return trainer
+
+
+def build_networks(trainer, args, device, world):
+    """G, D, the average of G, and what several processes wrap around them."""
+    trainer.netG = Generator(args.upscale_factor, icnr="icnr" not in args.without)
+    trainer.netD = Discriminator()
+    if args.start and not args.resume:  # last.pt holds a resumed run's weights
+        start = checkpoints.load_generator(args.start)
+        if start.scale_factor != args.upscale_factor:
+            raise InputError(f"{args.start}: is a {start.scale_factor}x generator; give "
+                             f"--upscale_factor {start.scale_factor} or another --start")
+        trainer.netG.load_state_dict(start.state_dict())
+    trainer.stripe_filter = "stripe_filter" not in args.without
+    if trainer.stripe_filter:
+        remove_stripes_(trainer.netG.last.weight)
+    if world > 1 and device.type == "cuda":
+        trainer.netG = torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainer.netG)
+        trainer.netD = torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainer.netD)
+    for network in (trainer.netG, trainer.netD):
+        network.to(device, memory_format=torch.channels_last)
+    trainer.average = trainer.netG if "ema" in args.without else deepcopy(trainer.netG)
+    trainer.ddpG, trainer.ddpD = trainer.netG, trainer.netD
+    if world > 1:
+        # Each rank keeps its own BatchNorm statistics in a step; rank 0's are saved.
+        trainer.ddpG = DistributedDataParallel(trainer.netG, broadcast_buffers=False)
+        trainer.ddpD = DistributedDataParallel(trainer.netD, broadcast_buffers=False)
+    trainer.parametersD = list(trainer.netD.parameters())
+
+
+def build_optimizers(trainer, args, device, steps_per_epoch):
+    """Adam for either network; the generator's rate falls along a half cosine to a twentieth."""
+    fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
+    trainer.optimizerG = torch.optim.Adam(trainer.netG.parameters(), lr=args.lr, **fused)
+    trainer.optimizerD = torch.optim.Adam(trainer.netD.parameters(), **fused)
+    total = args.num_epochs * steps_per_epoch
+
+    def factor(step):
+        if "cosine" in args.without:
+            return 1.0
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * min(1, step / total))) / 2
+
+    trainer.scheduleG = torch.optim.lr_scheduler.LambdaLR(trainer.optimizerG, factor)
+    set_rates(trainer, args)
+
+
+def set_rates(trainer, args):
+    """Put the flags' learning rates where a restored optimiser or schedule had the saved run's."""
+    trainer.scheduleG.base_lrs = [args.lr]
+    for group in trainer.optimizerG.param_groups:
+        group["initial_lr"] = args.lr
+        group["lr"] = args.lr * trainer.scheduleG.lr_lambdas[0](trainer.scheduleG.last_epoch)
+    beta1 = 0.9 if "slow_d" in args.without else BETA1_D
+    for group in trainer.optimizerD.param_groups:
+        group.update(lr=args.lr_d, betas=(beta1, 0.999))
