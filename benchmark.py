@@ -181,7 +181,7 @@ def project_functions(trainer, flags, lr, hr, valid):
     def step():
         if not targets:  # training computes them once and keeps them
             with trainer.autocast():
-                targets.extend(training_step.cached_targets(trainer.loss, {}, range(len(hr)), hr))
+                targets.extend(trainer.loss.targets(hr))
         training_step.train_step(trainer, lr, hr, targets, True, True)
         training_step.apply_updates(trainer, with_gan=True)
 
@@ -192,7 +192,7 @@ def project_functions(trainer, flags, lr, hr, valid):
     def validation():
         discriminate = training_step.validation_discriminator(trainer)
         evaluate.validate(trainer.average, discriminate, valid, trainer.face_network,
-                          trainer.hr_embedding_cache, trainer.device, range(len(valid)),
+                          trainer.hr_embedding_cache[0], trainer.device, range(len(valid)),
                           trainer.autocast)
 
     def evaluation():

@@ -8,18 +8,26 @@ import contextlib
 import hashlib
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from support.cli import InputError, log, parallel_map
+from support.machine import ignore_signals
 
 TRAIN_DIR = "data/DIV2K_train_HR"
 VALID_DIR = "data/DIV2K_valid_HR"
 FRAME = 256  # px of the report's photographs, on the shorter side
+# Of the crops in --crop mixed; results/EXPERIMENTS.md, "Which crops to train on".
+MIX = {"center": 0.2, "random": 0.5, "rescaled": 0.3}
+SCALES = (0.5, 1.5)  # of the face in a rescaled crop
+MIDDLE = np.nextafter(0.5, 0)  # of the places for a crop: the lower of two where there are two
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 # What Pillow may try on a file, whatever its suffix: nothing that runs other programs. JPEG takes
 # in MPO, the JPEG of many phones.
@@ -97,11 +105,9 @@ def to_frame(image):
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def center_crop(image, size):
-    """The central `size` x `size` square; size 0 keeps the whole picture."""
-    if not size:
-        return image
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+def center_crop(image, size, shift=0):
+    """The central `size` x `size` square, or one `shift` px to its right and below it."""
+    left, top = ((side - size) // 2 + shift for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -145,15 +151,15 @@ class FaceFolder(Dataset):
     a file that has vanished or changed since the check is an InputError that names it.
     """
 
-    def __init__(self, dataset_dir, crop_size, upscale_factor, crop, cache_gb, flag):
+    def __init__(self, dataset_dir, crop_size, upscale_factor, keep_frames, cache_gb, flag):
         self.factor = upscale_factor
-        self.crop = crop
+        self.keep_frames = keep_frames
         self.crop_size = valid_crop_size(crop_size, upscale_factor)
         if crop_size and self.crop_size <= 0:
             raise InputError(f"--crop_size {crop_size} is smaller than the upscale factor "
                              f"{upscale_factor}")
         self.files = list_images(dataset_dir, flag)
-        pixels = self.crop_size if self.crop_size and crop == "center" else FRAME
+        pixels = FRAME if keep_frames else self.crop_size
         self.cached = len(self.files) * 3 * pixels ** 2 <= cache_gb * 2 ** 30
         checked = parallel_map(self._check, self.files, f"reading {dataset_dir}")
         unusable([error for _, _, _, error in checked if error])
@@ -167,22 +173,17 @@ class FaceFolder(Dataset):
             if min(frame.size) < max(self.crop_size, self.factor):
                 raise InputError(f"{path}: {frame.width}x{frame.height} px is smaller than the "
                                  f"crop of {max(self.crop_size, self.factor)} px")
-            picture = np.asarray(self._still(frame)) if self.cached else None
+            picture = np.array(self._still(frame)) if self.cached else None
             return pixel_hash(frame), (stat.st_size, stat.st_mtime_ns), picture, None
         except (InputError, OSError) as error:
             return None, None, None, str(error)
 
     def _still(self, frame):
-        """The part of a frame that never changes: the centre crop, or for random crops all."""
-        if self.crop == "random":
-            return frame
-        if self.crop_size:
-            return center_crop(frame, self.crop_size)
-        return frame.crop((0, 0, valid_crop_size(frame.width, self.factor),
-                           valid_crop_size(frame.height, self.factor)))
+        """What is kept of a frame: all of it, or the centre crop if no other part is asked for."""
+        return frame if self.keep_frames else center_crop(frame, self.crop_size)
 
     def picture(self, index):
-        """The centre crop (or, for random crops, the frame) of file `index` as a PIL picture."""
+        """The frame of file `index`, or its centre crop, as a PIL picture."""
         if self.cached:
             return Image.fromarray(self.pictures[index])
         path = self.files[index]
@@ -206,33 +207,128 @@ class FaceFolder(Dataset):
 class TrainDatasetFromFolder(FaceFolder):
     """(LR, HR) pairs: float tensors (3, c/s, c/s) and (3, c, c) in [0, 1].
 
-    crop="center" is the report's text; crop="random" is its published code: another square each
-    epoch, a function of (seed, epoch, index) alone, so that a resumed run sees the same ones.
+    crop: "center" is the report's text; "random" its published code, a square anywhere in the
+    frame; "mixed" some of either and squares of another size, brought to c px (`MIX`). Crops and
+    flips change with `set_epoch` and are functions of (seed, epoch, index) alone, so that a
+    resumed run sees the same ones. `repeats[i]`: whether photograph i is at its centre crop.
     """
 
-    def __init__(self, dataset_dir, crop_size, upscale_factor, crop="center", seed=0, cache_gb=4.0):
-        super().__init__(dataset_dir, crop_size, upscale_factor, crop, cache_gb, "--train_dir")
-        self.seed = seed
-        self.epoch = 0
+    def __init__(self, dataset_dir, crop_size, upscale_factor, crop="center", seed=0, cache_gb=4.0,
+                 flips=False):
+        super().__init__(dataset_dir, crop_size, upscale_factor, crop != "center", cache_gb,
+                         "--train_dir")
+        self.seed, self.flips = seed, flips
+        self.shares = MIX if crop == "mixed" else {crop: 1.0}
+        if self.cached:  # to mirror a crop takes longer than all else; frames are mirrored once
+            self.frames = [torch.from_numpy(picture) for picture in self.pictures]
+            self.mirrored = [frame.flip(1) for frame in self.frames] if flips else None
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch):
+        """Draw each photograph's crop and flip for this epoch, and make the rescaled ones."""
+        rng, n = np.random.default_rng([self.seed, epoch]), len(self)
+        kinds = rng.choice([*self.shares], n, p=[*self.shares.values()])
+        self.repeats = kinds == "center"
+        self.places = np.where(self.repeats[:, None], MIDDLE, rng.random((n, 2)))
+        self.scales = np.where(kinds == "rescaled", rng.uniform(*SCALES, n), 1.0)
+        self.flipped = (rng.random(n) < 0.5) & self.flips
+        self.rescaled = {}
+        if self.cached:
+            indices = np.flatnonzero(kinds == "rescaled").tolist()
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                self.rescaled = dict(zip(indices, pool.map(self._rescale, indices)))
+
+    def keys(self, indices):
+        """What a crop is known by if it comes again in another epoch, else None."""
+        return [(index, bool(self.flipped[index])) if self.repeats[index] and self.cached else None
+                for index in indices]
+
+    def crop(self, index):
+        """The HR crop of photograph `index` in this epoch: (c, c, 3), uint8."""
+        if index in self.rescaled:
+            return self.rescaled[index]
+        if self.scales[index] != 1:
+            return self._rescale(index)
+        mirror, size = self.flipped[index], self.crop_size
+        if self.cached:
+            frame = (self.mirrored if mirror else self.frames)[index]
+        else:
+            frame = torch.from_numpy(np.array(self.picture(index)))
+            frame = frame.flip(1) if mirror else frame
+        top, left = (int(place * (side - size + 1))
+                     for place, side in zip(self.places[index], frame.shape))
+        return frame[top:top + size, left:left + size]
+
+    def _rescale(self, index):
+        """The crop where the face is `scales[index]` times as large: bicubic, any sub-pixel."""
+        picture, size = self.picture(index), self.crop_size
+        side = min(size / self.scales[index], *picture.size)
+        top, left = self.places[index] * (picture.height - side, picture.width - side)
+        crop = picture.resize((size, size), Image.Resampling.BICUBIC,
+                              box=(left, top, left + side, top + side))
+        crop = torch.from_numpy(np.array(crop))
+        return crop.flip(1) if self.flipped[index] else crop
 
     def __getitem__(self, index):
-        hr = self.picture(index)
-        if self.crop == "random":
-            rng = np.random.default_rng([self.seed, self.epoch, index])
-            left = rng.integers(hr.width - self.crop_size + 1)
-            top = rng.integers(hr.height - self.crop_size + 1)
-            hr = hr.crop((left, top, left + self.crop_size, top + self.crop_size))
-        return to_tensor(downscale(hr, self.factor)), to_tensor(hr)
+        lr, hr = to_pairs(self.crop(index)[None], self.factor)
+        return lr[0], hr[0]
+
+    def batches(self, indices, device):
+        """For each list of indices a batch (LR, HR) on `device`, float, channels last.
+
+        Pictures that do not fit into the cache are decoded by worker processes.
+        """
+        if self.cached:
+            for batch in indices:
+                crops = torch.stack([self.crop(index) for index in batch])
+                yield to_pairs(crops.to(device), self.factor)
+            return
+        loader = DataLoader(self, batch_sampler=indices, num_workers=min(8, os.cpu_count()),
+                            pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+        for pair in loader:
+            yield [x.to(device, memory_format=torch.channels_last, non_blocking=True) for x in pair]
+
+
+def to_pairs(crops, factor):
+    """HR crops (N, H, W, 3), uint8 -> (LR, HR), float (N, 3, h, w), (N, 3, H, W) in [0, 1].
+
+    LR is bicubic, antialiased and rounded to 8 bit like Pillow's, to within one level.
+    """
+    hr = crops.permute(0, 3, 1, 2)  # channels last
+    size = hr.shape[2] // factor, hr.shape[3] // factor
+    lr = hr if hr.device.type == "cpu" else hr.float()  # CUDA interpolates no whole numbers
+    lr = F.interpolate(lr, size=size, mode="bicubic", antialias=True)
+    return lr.float().round().clamp(0, 255).div(255), hr.float().div(255)
 
 
 class ValidDatasetFromFolder(FaceFolder):
     """(LR, bicubic-restored LR, HR) triples in [0, 1]; crop_size 0 keeps whole frames."""
 
     def __init__(self, dataset_dir, crop_size, upscale_factor, cache_gb=4.0, flag="--valid_dir"):
-        super().__init__(dataset_dir, crop_size, upscale_factor, "center", cache_gb, flag)
+        super().__init__(dataset_dir, crop_size, upscale_factor, True, cache_gb, flag)
+
+        self.shift, self.scale = 0, 1.0
+
+    def framed(self, crop_size, shift=0, scale=1.0):
+        """The same photographs, not read again, in another framing.
+
+        crop_size: 0 for whole frames; shift: px to the right and down of the centre crop; scale:
+        of the whole frame, and so of the face in it.
+        """
+        other = copy(self)
+        other.crop_size, other.shift, other.scale = crop_size, shift, scale
+        return other
 
     def __getitem__(self, index):
-        hr = self.picture(index)
+        frame = self.picture(index)
+        if self.scale != 1:
+            frame = frame.resize([max(self.factor, round(side * self.scale))
+                                  for side in frame.size], Image.Resampling.BICUBIC)
+        if self.crop_size:
+            hr = center_crop(frame, self.crop_size, self.shift)
+        else:
+            hr = frame.crop((0, 0, valid_crop_size(frame.width, self.factor),
+                             valid_crop_size(frame.height, self.factor)))
         lr = downscale(hr, self.factor)
         restored = lr.resize(hr.size, Image.Resampling.BICUBIC)
         return to_tensor(lr), to_tensor(restored), to_tensor(hr)
@@ -262,18 +358,19 @@ def load_data(args):
         raise InputError(f"--crop_size {args.crop_size}: VGG16 halves a picture five times and "
                          "needs 32 px; take a larger crop, or --alpha 0")
     train = TrainDatasetFromFolder(args.train_dir, crop, args.upscale_factor, args.crop, args.seed,
-                                   args.cache_gb)
+                                   args.cache_gb, "flips" not in args.without)
     valid = ValidDatasetFromFolder(args.valid_dir, crop, args.upscale_factor, args.cache_gb)
     if not args.allow_overlap:
         check_no_overlap(train, valid)
     return train, valid
 
 
-def epoch_order(n, args, epoch, rank, world):
-    """(batches of indices of this rank, flip of every image): functions of seed and epoch alone."""
-    sampler = DistributedSampler(range(n), world, rank, shuffle=True, seed=args.seed)
+def epoch_order(n, batch_size, seed, epoch, rank, world):
+    """This rank's batches of indices: a function of seed and epoch alone.
+
+    batch_size: of all ranks together.
+    """
+    sampler = DistributedSampler(range(n), world, rank, shuffle=True, seed=seed)
     sampler.set_epoch(epoch)
-    order, size = list(sampler), args.batch_size // world
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-    flips = torch.rand(n, generator=generator) < (0.0 if "flips" in args.without else 0.5)
-    return [order[i:i + size] for i in range(0, len(order), size)], flips
+    order, size = list(sampler), batch_size // world
+    return [order[i:i + size] for i in range(0, len(order), size)]

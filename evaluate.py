@@ -135,6 +135,13 @@ def batches(dataset, batch_size, device, indices=None):
 
 
 @torch.no_grad()
+def restore(netG, dataset, index, device):
+    """[bicubic, SR, HR] of one photograph of a ValidDatasetFromFolder: (3, H, W) each."""
+    _, lr, restored, hr = next(batches(dataset, 1, device, [index]))
+    return [restored[0], netG.eval()(lr)[0], hr[0]]
+
+
+@torch.no_grad()
 def validate(netG, discriminate, dataset, face_network, hr_embedding_cache, device, indices,
              context=nullcontext):
     """What training logs of its validation images after an epoch.
@@ -147,7 +154,8 @@ def validate(netG, discriminate, dataset, face_network, hr_embedding_cache, devi
     """
     netG.eval()
     rows = []
-    for group, lr, _, hr in batches(dataset, BATCH, device, indices):
+    batch_size = BATCH if dataset.crop_size else max(1, BATCH // 4)  # frames have four crops' size
+    for group, lr, _, hr in batches(dataset, batch_size, device, indices):
         with context():
             sr = netG(lr).float()
             if any(i not in hr_embedding_cache for i in group):

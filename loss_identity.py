@@ -140,8 +140,12 @@ def load_face_network(weights):
 
 
 def embed(face_network, images):
-    """Images (N, 3, H, W) in [0, 1] -> unit face embeddings (N, 512), differentiable."""
-    faces = F.interpolate(images, size=(160, 160), mode="bilinear", align_corners=False)
+    """Images (N, 3, H, W) in [0, 1] -> unit face embeddings (N, 512), differentiable.
+
+    What is larger than the network's 160 px is reduced with antialiasing.
+    """
+    faces = F.interpolate(images, size=(160, 160), mode="bilinear", align_corners=False,
+                          antialias=max(images.shape[-2:]) > 160)
     return face_network(faces * 2 - 1)
 
 

@@ -10,7 +10,6 @@ One update is in training_step.py, the terms of the loss are in loss_identity.py
 
 import argparse
 import math
-import os
 import time
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
@@ -32,12 +30,11 @@ from training_step import (
     LAZY_INTERVAL,
     LOGGED,
     apply_updates,
+    batch_targets,
     build_trainer,
-    cached_targets,
     check_finite,
     check_weights,
     dead_discriminator,
-    keeps_targets,
     set_rates,
     train_step,
     validation_discriminator,
@@ -46,6 +43,7 @@ from training_step import (
 # Where the default recipe departs from the report, and why: `--without NAME` undoes one,
 # `--recipe report` all of them.
 DEPARTURES = {
+    "mixed_crops": "centre, random and rescaled crops, for faces in whatever framing",
     "pretraining": "three quarters of the epochs have the pixel loss alone, then the GAN begins",
     "small_batches": "16 images at a rate of 4e-4 instead of 32 at 1e-4: learns faster",
     "cosine": "the generator's rate falls along a half cosine to a twentieth",
@@ -64,10 +62,11 @@ DEPARTURES = {
 }
 
 # What undoing a departure does to flags that a person may also give by themselves.
-DEFAULTS = {"pretrain_epochs": None, "batch_size": 16, "lr": 4e-4, "lr_d": 2.5e-5,
-            "precision": "auto"}
-UNDONE = {"pretraining": {"pretrain_epochs": 0}, "small_batches": {"batch_size": 32, "lr": 1e-4},
-          "slow_d": {"lr_d": 1e-4}, "fast_precision": {"precision": "fp32"}}
+DEFAULTS = {"crop": "mixed", "pretrain_epochs": None, "batch_size": 16, "lr": 4e-4,
+            "lr_d": 2.5e-5, "precision": "auto"}
+UNDONE = {"mixed_crops": {"crop": "random"}, "pretraining": {"pretrain_epochs": 0},
+          "small_batches": {"batch_size": 32, "lr": 1e-4}, "slow_d": {"lr_d": 1e-4},
+          "fast_precision": {"precision": "fp32"}}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -83,36 +82,25 @@ def train_epoch(trainer, args, dataset, progress, rank, world, after_update):
     epoch, device = progress["epoch"], trainer.device
     with_gan = epoch > args.pretrain_epochs
     interval = LAZY_INTERVAL if with_gan and "lazy" not in args.without else 1
-    batches, flips = epoch_order(len(dataset), args, epoch, rank, world)
-    dataset.epoch = epoch
+    batches = epoch_order(len(dataset), args.batch_size, args.seed, epoch, rank, world)
+    dataset.set_epoch(epoch)
     if progress["history"] is None:
         progress["history"] = torch.full((len(batches), len(LOGGED)), math.nan, device=device)
     history, first = progress["history"], progress["step"]
-    loader = DataLoader(dataset, batch_sampler=batches[first:],
-                        num_workers=0 if dataset.cached else min(8, os.cpu_count()),
-                        pin_memory=device.type == "cuda",
-                        worker_init_fn=run_folder.ignore_signals)
     # a look at the losses waits for a GPU; a CPU has them anyway
     look_every = 25 if device.type == "cuda" else 1
     trainer.netG.train()
     trainer.netD.train()
     bar = tqdm(total=len(dataset), initial=first * args.batch_size, unit="image", leave=False,
                desc=f"epoch {epoch}/{args.num_epochs}", disable=True if rank else None)
-    for step, (indices, (lr, hr)) in enumerate(zip(batches[first:], loader), first):
-        flipped = flips[indices]
-        mirror = flipped.to(device, non_blocking=True)[:, None, None, None]
-        lr, hr = (x.to(device, memory_format=torch.channels_last, non_blocking=True)
-                  for x in (lr, hr))
-        lr, hr = (torch.where(mirror, x.flip(-1), x) for x in (lr, hr))
+    for step, (lr, hr) in enumerate(dataset.batches(batches[first:], device), first):
         # in turn, so that the steps are of equal length; an epoch may be shorter than the interval
         gan = with_gan and trainer.updates % interval == 0
         perceptual = with_gan and trainer.updates % interval == interval // 2
         targets = None
         if perceptual:
-            keys = list(zip(indices, flipped.tolist()))
             with trainer.autocast():
-                targets = (cached_targets(trainer.loss, trainer.target_cache, keys, hr)
-                           if keeps_targets(args, dataset) else trainer.loss.targets(hr))
+                targets = batch_targets(trainer, dataset.keys(batches[step]), hr)
         history[step] = train_step(trainer, lr, hr, targets, gan, perceptual, interval)
         apply_updates(trainer, gan)
         progress["step"] = step + 1
@@ -124,29 +112,33 @@ def train_epoch(trainer, args, dataset, progress, rank, world, after_update):
             if not bar.disable:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in zip(LOGGED, history[step].tolist())
                                  if v == v}, refresh=False)
-        bar.update(len(indices) * world)
+        bar.update(len(lr) * world)
         after_update()
     bar.close()
 
 
 def validate_epoch(trainer, gan, dataset, rank, world):
-    """Validation images split over the ranks -> one (n, 6) array (see `evaluate.validate`).
+    """Validation images split over the ranks -> (n, 6) arrays of whole frames, of centre crops.
 
-    The networks compute as in training; `evaluate.py` measures in fp32.
+    The columns are those of `evaluate.validate`; D sees crops alone, as in training. The networks
+    compute as in training; `evaluate.py` measures in fp32.
     """
     mine = range(rank, len(dataset), world)
     if world > 1:  # BatchNorm's running statistics: those that are saved
         for buffer in trainer.average.buffers():
             dist.broadcast(buffer, 0)
     discriminate = validation_discriminator(trainer) if gan else None
-    rows = evaluate.validate(trainer.average, discriminate, dataset, trainer.face_network,
-                             trainer.hr_embedding_cache, trainer.device, mine,
-                             trainer.autocast).cpu()
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, rows)
-        rows = torch.cat(parts)
-    return rows[rows[:, 5].argsort()].numpy()
+    results = []
+    for framing, judge in ((dataset.framed(0), None), (dataset, discriminate)):
+        rows = evaluate.validate(trainer.average, judge, framing, trainer.face_network,
+                                 trainer.hr_embedding_cache[framing.crop_size], trainer.device,
+                                 mine, trainer.autocast).cpu()
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, rows)
+            rows = torch.cat(parts)
+        results.append(rows[rows[:, 5].argsort()].numpy())
+    return results
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,13 +152,14 @@ def epoch_row(trainer, args, progress, validation):
     means = dict(zip(LOGGED, history.nanmean(0).tolist()))
     computed = {name: 0.0 if math.isnan(value) else value for name, value in means.items()}
     gan = progress["epoch"] > args.pretrain_epochs
-    psnr, ssim, cosine = validation.mean(0)[:3]
-    accuracy = ((validation[:, 3] > 0).mean() + (validation[:, 4] < 0).mean()) / 2
+    frames, crops = validation
+    measured = dict(zip(("PSNR", "SSIM", "Cosine"), frames.mean(0).tolist()))
+    measured |= dict(zip(("PSNR_crop", "SSIM_crop", "Cosine_crop"), crops.mean(0).tolist()))
+    accuracy = ((crops[:, 3] > 0).mean() + (crops[:, 4] < 0).mean()) / 2
     return {"Epoch": progress["epoch"], "Loss_D": means["loss_d"],
             "Loss_G": trainer.loss.total(computed),
             "Score_D": means["score_d"], "Score_G": means["score_g"],
-            "PSNR": float(psnr), "SSIM": float(ssim), "Cosine": float(cosine),
-            "Pixel": means["pixel"], "Content": means["content"],
+            **measured, "Pixel": means["pixel"], "Content": means["content"],
             "Adversarial": means["adversarial"], "Identity": means["identity"],
             "D_accuracy": float(accuracy) if gan else math.nan, "Gradient_ratio": means["ratio"],
             "Learning_rate": trainer.optimizerG.param_groups[0]["lr"],
@@ -180,9 +173,10 @@ def summary_line(row, args):
         interval = 1 if "lazy" in args.without else LAZY_INTERVAL
         left += 9 / interval * max(0, args.num_epochs - args.pretrain_epochs)
     left *= row["Seconds"]
-    line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): "
-            f"PSNR-Y {row['PSNR']:.2f} dB, SSIM {row['SSIM']:.4f}, cosine {row['Cosine']:.4f}, "
-            f"pixel {row['Pixel']:.5f}")
+    frames, crops = ("{:.2f} dB {:.4f} {:.4f}".format(*(row[name + suffix] for name in (
+        "PSNR", "SSIM", "Cosine"))) for suffix in ("", "_crop"))
+    line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): whole frames {frames}, "
+            f"centre crops {crops}, pixel {row['Pixel']:.5f}")
     if row["Phase"] == "gan":
         line += (f", D(x) {row['Score_D']:.3f}, D(G(z)) {row['Score_G']:.3f}, "
                  f"D accuracy {row['D_accuracy']:.2f}, gradient ratio {row['Gradient_ratio']:.2g}")
@@ -204,12 +198,10 @@ def write_epoch(trainer, args, rows, config, validation_set):
                                checkpoints.generator_path(folder, args.upscale_factor, epoch))
         checkpoints.save_torch(trainer.netD.state_dict(),
                                folder / f"netD_epoch_{args.upscale_factor}_{epoch}.pth")
-    shown = range(min(8, len(validation_set)))
-    _, lr, restored, hr = next(
-        evaluate.batches(validation_set, len(shown), trainer.device, shown))
-    with torch.no_grad():
-        sr = trainer.average.eval()(lr)
-    figures.save_samples(folder / "samples" / f"epoch_{epoch}.png", restored, sr, hr)
+    rows = [evaluate.restore(trainer.average, dataset, index, trainer.device)
+            for index in range(min(4, len(validation_set)))
+            for dataset in (validation_set.framed(0), validation_set)]
+    figures.save_samples(folder / "samples" / f"epoch_{epoch}.png", rows)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -338,8 +330,9 @@ def add_flags(parser):
     add("--lr_d", type=float, help="and of the discriminator")
     add("--crop_size", type=positive, default=128, help="HR size in px")
     add("--upscale_factor", type=int, choices=(2, 4, 8), default=8, help="HR size / LR size")
-    add("--crop", choices=("center", "random"), default="center",
-        help="of the 256 px frame: the report's text, or its published code")
+    add("--crop", choices=("center", "random", "mixed"),
+        help="of the 256 px frame: the report's text, its published code, or some of either and "
+             "rescaled ones")
     add("--seed", type=not_negative, default=0, help="of weights, order, flips and crops")
 
     add = parser.add_argument_group("run").add_argument

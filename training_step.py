@@ -5,6 +5,7 @@ the weights. `build_trainer` makes the networks, losses and optimisers that they
 """
 
 import math
+from collections import defaultdict
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -157,24 +158,29 @@ def update_average(average, netG, updates, limit):
             mean.copy_(value)
 
 
-def keeps_targets(args, dataset):
-    """Whether the frozen networks' answers to the HR crops, with and without flip, are kept."""
-    bytes_each = 4 * 512 * ((dataset.crop_size // 32) ** 2 + 1)  # VGG features and embedding
-    return (args.crop == "center"
-            and 2 * len(dataset) * bytes_each < args.cache_gb * 2 ** 30)
+def batch_targets(trainer, keys, hr):
+    """`loss.targets(hr)`; those of crops that come again are kept in `trainer.target_cache`.
 
-
-def cached_targets(loss, target_cache, keys, hr):
-    """`loss.targets(hr)`, computed once per (image, flip): HR crops never change.
-
-    One image at a time, so that a target does not depend on the batch that it was first met in and
-    a resumed run finds the same bits. target_cache: {key: targets}, filled here.
+    keys: for each image what it is found under again, or None. What is kept is computed one image
+    at a time, so that it does not depend on the batch that it was first met in and a resumed run
+    finds the same bits.
     """
-    for key, image in zip(keys, hr):
-        if key not in target_cache:
-            target_cache[key] = loss.targets(image[None])
+    cache, new = trainer.target_cache, [i for i, key in enumerate(keys) if key is None]
+    targets = dict(zip(new, split_targets(trainer.loss.targets(hr[new])))) if new else {}
+    for i, key in enumerate(keys):
+        if key is not None:
+            if key not in cache:
+                cache[key] = trainer.loss.targets(hr[i:i + 1])
+            targets[i] = cache[key]
     return [None if column[0] is None else torch.cat(column)
-            for column in zip(*(target_cache[key] for key in keys))]
+            for column in zip(*(targets[i] for i in range(len(keys))))]
+
+
+def split_targets(targets):
+    """(VGG features, embeddings) of a batch -> the same of each image by itself."""
+    n = next(len(column) for column in targets if column is not None)
+    return [tuple(None if column is None else column[i:i + 1] for column in targets)
+            for i in range(n)]
 
 
 def validation_discriminator(trainer):
@@ -275,7 +281,7 @@ def build_trainer(args, device, steps_per_epoch, world=1):
     trainer.release_memory = release_memory if device.type == "cpu" else (lambda: None)
     trainer.curves_drawn = -math.inf  # seconds on the clock
     trainer.target_cache = {}        # HR's VGG features and embeddings, of the training images
-    trainer.hr_embedding_cache = {}  # HR's embeddings, of the validation images
+    trainer.hr_embedding_cache = defaultdict(dict)  # by crop size, of the validation images
     return trainer
 
 

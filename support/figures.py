@@ -86,9 +86,9 @@ def grid(rows, headings, labels=None, captions=None):
     return sheet
 
 
-def save_samples(path, restored, sr, hr):
-    """samples/epoch_N.png: a row of bicubic | SR | HR per image; (N, 3, H, W) in [0, 1] each."""
-    rows = [[to_image(image) for image in row] for row in zip(restored, sr, hr)]
+def save_samples(path, rows):
+    """samples/epoch_N.png: rows of bicubic, SR and HR, each (3, H, W) in [0, 1]."""
+    rows = [[to_image(image) for image in row] for row in rows]
     save_image(grid(rows, ("bicubic", "SR", "HR")), path)
 
 
@@ -168,16 +168,20 @@ def label_ends(axes, ends):
 
 
 def save_curves(table, path):
-    """curves.png: train_results.csv (a table of train_identity's `epoch_row`s) at a glance."""
+    """curves.png: train_results.csv (a table of train_identity's `epoch_row`s) at a glance.
+
+    The report validated whole frames: its values stand beside those of "frames".
+    """
     shown = {  # panel: title, {label: column}, number format
         "loss": ("loss terms, unweighted, and their weighted sum L_total", {
             "L_total": "Loss_G", "pixel": "Pixel", "content": "Content", "identity": "Identity",
             "adversarial": "Adversarial", "discriminator": "Loss_D"}, "#.2g"),
         "D": ("discriminator: mean D(x) and D(G(z)), accuracy", {
             "D(x)": "Score_D", "D(G(z))": "Score_G", "accuracy": "D_accuracy"}, ".2f"),
-        "PSNR": ("PSNR-Y (dB)", {"this run": "PSNR"}, ".2f"),
-        "SSIM": ("SSIM", {"this run": "SSIM"}, ".3f"),
-        "Cosine": ("cosine of face embeddings", {"this run": "Cosine"}, ".4f"),
+        "PSNR": ("PSNR-Y (dB)", {"frames": "PSNR", "crops": "PSNR_crop"}, ".2f"),
+        "SSIM": ("SSIM", {"frames": "SSIM", "crops": "SSIM_crop"}, ".3f"),
+        "Cosine": ("cosine of face embeddings", {"frames": "Cosine", "crops": "Cosine_crop"},
+                   ".4f"),
     }
     figure, axes = panels([["loss"] * 3 + ["D"] * 3, ["PSNR"] * 2 + ["SSIM"] * 2 + ["Cosine"] * 2],
                           (13, 7), {name: title for name, (title, _, _) in shown.items()})

@@ -210,12 +210,6 @@ def catch_signals(world):
     return caught
 
 
-def ignore_signals(_worker):
-    """torchrun signals the workers of a DataLoader too: they end when the run has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Saver:
     """Writes last.pt now and then and when a signal asks the run to stop; keeps the epoch's time.
 

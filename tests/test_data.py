@@ -100,7 +100,7 @@ def test_pairs_and_triples(tmp_path, factor):
 
     pair = TrainDatasetFromFolder(tmp_path, 128, factor)[0]
     assert pair[0].shape == (3, 128 // factor, 128 // factor) and pair[1].shape == (3, 128, 128)
-    assert equal(levels(pair[0]), lr) and equal(levels(pair[1]), hr)
+    assert equal(levels(pair[0]), lr, within=1) and equal(levels(pair[1]), hr)
 
     triple = ValidDatasetFromFolder(tmp_path, 128, factor)[0]
     assert len(triple) == 3
@@ -138,7 +138,7 @@ def test_large_pictures_are_reduced_first(tmp_path, size, frame):
     hr = square(resized(photo, *frame), 128)
     pair = TrainDatasetFromFolder(tmp_path, 128, 8)[0]
     assert equal(levels(pair[1]), hr)
-    assert equal(levels(pair[0]), resized(hr, 16, 16))
+    assert equal(levels(pair[0]), resized(hr, 16, 16), within=1)
 
 
 def test_small_pictures_are_kept(tmp_path):
@@ -176,23 +176,26 @@ def test_whole_frames(tmp_path):
     assert restored.shape == hr.shape
 
 
-def test_random_crops(tmp_path):
+@pytest.mark.parametrize("flips", [False, True])
+def test_random_crops(tmp_path, flips):
     y, x = np.mgrid[:18, :20]
     photo = np.stack([x, y, noise(20, 18, channels=1)], 2).astype(np.uint8)  # knows its places
     for name in "abc":
         save(photo, tmp_path / f"{name}.png")
 
     def corners(seed, epochs):
-        dataset = TrainDatasetFromFolder(tmp_path, 16, 4, crop="random", seed=seed)
+        dataset = TrainDatasetFromFolder(tmp_path, 16, 4, "random", seed, flips=flips)
         found = {}
         for epoch in epochs:
-            dataset.epoch = epoch
+            dataset.set_epoch(epoch)
             for index in (2, 0, 1) if epoch % 2 else (0, 1, 2):  # the order does not matter
                 lr, hr = map(levels, dataset[index])
-                left, top = hr[0, 0, :2]
-                assert equal(hr, photo[top:top + 16, left:left + 16])
-                assert equal(lr, resized(hr.astype(np.uint8), 4, 4))
-                found[epoch, index] = left, top
+                mirrored = bool(hr[0, 0, 0] > hr[0, 1, 0])
+                left, top = hr[0, -1 if mirrored else 0, :2]
+                expected = photo[top:top + 16, left:left + 16]
+                assert equal(hr, expected[:, ::-1] if mirrored else expected)
+                assert equal(lr, resized(hr.astype(np.uint8), 4, 4), within=1)
+                found[epoch, index] = left, top, mirrored
         return found
 
     first = corners(0, range(40))
@@ -202,14 +205,61 @@ def test_random_crops(tmp_path):
     for index in range(3):
         assert len({first[epoch, index] for epoch in range(40)}) > 5  # another one each epoch
     assert any(len({first[epoch, index] for index in range(3)}) > 1 for epoch in range(40))
-    assert set(first.values()) == {(x, y) for x in range(5) for y in range(3)}  # edges too
+    places = {place[:2] for place in first.values()}
+    assert places == {(x, y) for x in range(5) for y in range(3)}  # edges too
+    assert 40 < sum(mirrored for _, _, mirrored in first.values()) < 80 or not flips
+    assert flips or not any(mirrored for _, _, mirrored in first.values())
+
+
+def test_mixed_crops(tmp_path):
+    """Shares as in MIX; rescaled ones show a ramp of 1 level a pixel at 1 / scale levels."""
+    y, x = np.mgrid[:64, :64]
+    save(np.stack([2 * x, 2 * y, 0 * x], 2).astype(np.uint8), tmp_path / "0.png")
+    for i in range(1, 400):
+        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+    dataset = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed", flips=False)
+    uncached = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed", cache_gb=0, flips=False)
+    dataset.set_epoch(3), uncached.set_epoch(3)
+    steps = []
+    for index in range(400):
+        _, hr = dataset[index]
+        hr = levels(hr).astype(float)
+        across, down = (hr[4:-4, 4:-4, channel] for channel in (0, 1))
+        step = (across[0, -1] - across[0, 0]) / 23 / 2
+        assert step == pytest.approx((down[-1, 0] - down[0, 0]) / 23 / 2, abs=0.05)
+        steps.append(1 / step)
+        assert dataset.repeats[index] == (equal(hr[0, 0, :2], [32, 32])
+                                          and dataset.scales[index] == 1 and bool(step == 1))
+        assert (dataset.keys([index]) == [(index, False)]) == dataset.repeats[index]
+        if index % 40 == 0:
+            assert equal(uncached.crop(index), dataset.crop(index))
+    steps = np.array(steps)
+    same_size = steps == 1
+    assert np.mean(~same_size) == pytest.approx(data_utils.MIX["rescaled"], abs=0.06)
+    assert np.mean(dataset.repeats) == pytest.approx(data_utils.MIX["center"], abs=0.06)
+    low, high = data_utils.SCALES
+    assert low - 0.02 <= steps.min() < low + 0.1 and high - 0.1 < steps.max() <= high + 0.05
+
+
+def test_batches_are_the_pairs(tmp_path):
+    for i in range(5):
+        save(noise(40, 48, seed=i), tmp_path / f"{i}.png")
+    for cache_gb in (4.0, 0):
+        dataset = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed", cache_gb=cache_gb)
+        dataset.set_epoch(2)
+        batches = list(dataset.batches([[3, 0, 1], [4, 2]], torch.device("cpu")))
+        for indices, (lr, hr) in zip([[3, 0, 1], [4, 2]], batches):
+            assert lr.is_contiguous(memory_format=torch.channels_last)
+            assert hr.is_contiguous(memory_format=torch.channels_last)
+            for index, *pair in zip(indices, lr, hr):
+                assert all(torch.equal(a, b) for a, b in zip(pair, dataset[index]))
 
 
 def test_cached_and_uncached_agree(tmp_path):
     for i, size in enumerate([(40, 40), (300, 280), (33, 50)]):
         save(noise(*size, seed=i), tmp_path / f"{i}.png")
     for make in (lambda gb: TrainDatasetFromFolder(tmp_path, 32, 8, cache_gb=gb),
-                 lambda gb: TrainDatasetFromFolder(tmp_path, 32, 8, "random", 3, cache_gb=gb),
+                 lambda gb: TrainDatasetFromFolder(tmp_path, 32, 8, "random", 3, gb, flips=True),
                  lambda gb: ValidDatasetFromFolder(tmp_path, 32, 8, cache_gb=gb),
                  lambda gb: ValidDatasetFromFolder(tmp_path, 0, 8, cache_gb=gb)):
         cached, uncached = make(4.0), make(0)

@@ -122,11 +122,13 @@ def test_the_activation_keeps_the_precision_of_autocast():
     assert activation.weight.grad.item() == -32
 
 
-@pytest.mark.parametrize("amx, precision, dtype", [(True, "bf16", torch.bfloat16),
-                                                   (False, "fp32", torch.float32)])
-def test_a_cpu_computes_in_bf16_where_it_has_matrix_units(amx, precision, dtype, monkeypatch):
+@pytest.mark.parametrize("has, precision, dtype", [
+    ({"amx_bf16": True, "avx512_bf16": True}, "bf16", torch.bfloat16),
+    ({"amx_bf16": False, "avx512_bf16": True}, "bf16", torch.bfloat16),
+    ({"amx_bf16": False, "avx512_bf16": False}, "fp32", torch.float32)])
+def test_a_cpu_computes_in_bf16_where_it_has_units_for_it(has, precision, dtype, monkeypatch):
     cpu, ones = torch.device("cpu"), torch.ones(1, 1)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert fast_precision(cpu) == precision
     with autocast(cpu, precision)():
         assert (ones @ ones).dtype == dtype

@@ -27,7 +27,6 @@ import benchmark
 import evaluate
 import train_identity
 import training_step
-from data_utils import epoch_order
 from model import Discriminator
 from support import checkpoints, figures, machine, run_folder
 from support.cli import InputError, run_script
@@ -114,7 +113,7 @@ def test_step_equals_the_straightforward_loop(without):
     fast.optimizerG = torch.optim.SGD(fast.netG.parameters(), lr=0.1)
     fast.optimizerD = torch.optim.SGD(fast.netD.parameters(), lr=0.1)
     fast.chunk = fast.checkpoint_chunk = 3
-    targets = training_step.cached_targets(fast.loss, {}, range(4), hr)
+    targets = training_step.batch_targets(fast, [0, None, 1, None], hr)
     values = training_step.train_step(fast, lr, hr, targets, True, True).nan_to_num(0)
     logged = dict(zip(training_step.LOGGED, values.tolist()))  # nan: weight 0, left out
     fast.optimizerG.step()
@@ -135,7 +134,7 @@ def test_bf16_takes_nearly_the_same_step():
     plain.optimizerD = torch.optim.SGD(plain.netD.parameters(), lr=0.0)
     expected = benchmark.reference_step(plain, lr, hr)
     with fast.autocast():
-        targets = training_step.cached_targets(fast.loss, {}, range(4), hr)
+        targets = training_step.batch_targets(fast, [0, None, 1, None], hr)
     values = training_step.train_step(fast, lr, hr, targets, True, True)
     assert values.dtype == torch.float32
     logged = dict(zip(training_step.LOGGED, values.tolist()))
@@ -238,8 +237,7 @@ def test_report_recipe_undoes_every_departure():
     assert trainer.scheduleG.lr_lambdas[0](10) == 1
     weight = trainer.netG.upsample[0].conv.weight
     assert not torch.equal(weight[0], weight[1])  # ICNR would make them equal
-    _, flips = epoch_order(100, args, 1, 0, 1)
-    assert not flips.any()
+    assert args.crop == "random"
 
 
 def test_a_preset_gives_way_to_a_weight_of_its_own():
@@ -488,7 +486,7 @@ def test_a_ratio_that_overflowed_is_left_out_of_the_epochs():
     history = torch.full((3, len(training_step.LOGGED)), 0.5)
     history[1, -1] = math.inf
     row = train_identity.epoch_row(run, train_identity.parse([]), {
-        "epoch": 80, "history": history, "seconds": 1.0}, np.zeros((2, 6)))
+        "epoch": 80, "history": history, "seconds": 1.0}, np.zeros((2, 2, 6)))
     assert row["Gradient_ratio"] == 0.5
 
 
@@ -580,7 +578,7 @@ def test_signal_during_validation(faces, finished, tmp_path, monkeypatch):
 def test_a_signal_to_the_loaders_processes_is_the_runs_business():
     """torchrun signals all of its processes; a loader's that died of it would be an error."""
     loader = torch.utils.data.DataLoader(range(200), num_workers=1,
-                                         worker_init_fn=run_folder.ignore_signals)
+                                         worker_init_fn=machine.ignore_signals)
     batches = iter(loader)
     seen = [next(batches).item()]
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGTERM)
@@ -696,7 +694,8 @@ def test_time_left_counts_what_the_gan_epochs_will_cost(monkeypatch):
     """5 more pixel epochs of a minute and 4 with every term in every fourth step: 5 + 4 x 3.25."""
     monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 4)
     args = train_identity.parse(["--num_epochs", "10", "--pretrain_epochs", "6"])
-    row = dict.fromkeys(("PSNR", "SSIM", "Cosine", "Pixel"), 0.5)
+    row = dict.fromkeys(("PSNR", "SSIM", "Cosine", "PSNR_crop", "SSIM_crop", "Cosine_crop",
+                         "Pixel"), 0.5)
     row |= {"Epoch": 1, "Phase": "pixel", "Seconds": 60.0}
     assert train_identity.summary_line(row, args).endswith("about 18 min left")
     args = train_identity.parse(["--num_epochs", "10", "--pretrain_epochs", "10"])
@@ -838,8 +837,8 @@ def test_two_processes_learn_what_one_learns(faces, tmp_path, monkeypatch):
     for i in range(4):
         (tmp_path / "train" / f"{i}.png").write_bytes(picture)
     (tmp_path / "valid").symlink_to(faces / "valid")
-    one, two = (flags(tmp_path, tmp_path / name, "--without", "flips", "lazy", "--save_every", "1",
-                      "--batch_size", "4") for name in ("one", "two"))
+    one, two = (flags(tmp_path, tmp_path / name, "--without", "flips", "lazy", "--crop", "center",
+                      "--save_every", "1", "--batch_size", "4") for name in ("one", "two"))
     monkeypatch.setattr(training_step, "load_face_network", load_face_network)  # as the two do
     train_identity.main(one)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
