@@ -218,7 +218,7 @@ def train(args):
     steps_per_epoch = math.ceil(math.ceil(len(train_set) / world) / (args.batch_size // world))
     trainer = build_trainer(args, device, steps_per_epoch, world)
     parts = {name: getattr(trainer, name) for name in (
-        "netG", "netD", "optimizerG", "optimizerD", "scheduleG", "scaler")}
+        "netG", "netD", "optimizerG", "optimizerD", "scheduleG", "scheduleD", "scaler")}
     if "ema" not in args.without:
         parts["average"] = trainer.average
     progress = run_folder.new_progress(args, train_set, valid_set)

@@ -34,6 +34,7 @@ LAZY_INTERVAL = 4  # steps between two with the adversarial or the perceptual te
 MAX_RATIO = 2.0    # of the adversarial gradient at SR to the pixel loss's
 EMA_DECAY = 0.999  # limit of the generator average's decay
 BETA1_D = 0.5      # of D's Adam; plain Adam has 0.9
+WARM_UP_D = 64     # updates of D at twice its rate: it begins new against a trained generator
 
 NOT_FINITE = ("stopped, and last.pt, once written, keeps the last good state. Lower the learning "
               "rate (--lr, --lr_d) or that term's weight beside --resume")
@@ -134,6 +135,8 @@ def apply_updates(trainer, with_gan):
     for optimizer in [trainer.optimizerG] + [trainer.optimizerD] * with_gan:
         trainer.scaler.step(optimizer)
         optimizer.zero_grad()
+    if with_gan:
+        trainer.scheduleD.step()
     if trainer.stripe_filter:
         remove_stripes_(trainer.netG.last.weight)
     trainer.scaler.update()
@@ -313,7 +316,10 @@ def build_networks(trainer, args, device, world):
 
 
 def build_optimizers(trainer, args, device, steps_per_epoch):
-    """Adam for either network; the generator's rate falls along a half cosine to a twentieth."""
+    """Adam for either network; the generator's rate falls along a half cosine to a twentieth.
+
+    D's is doubled for its first WARM_UP_D updates.
+    """
     fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
     trainer.optimizerG = torch.optim.Adam(trainer.netG.parameters(), lr=args.lr, **fused)
     trainer.optimizerD = torch.optim.Adam(trainer.netD.parameters(), **fused)
@@ -324,16 +330,22 @@ def build_optimizers(trainer, args, device, steps_per_epoch):
             return 1.0
         return 0.05 + 0.95 * (1 + math.cos(math.pi * min(1, step / total))) / 2
 
+    def factor_d(step):
+        return 1.0 if "slow_d" in args.without or step >= WARM_UP_D else 2.0
+
     trainer.scheduleG = torch.optim.lr_scheduler.LambdaLR(trainer.optimizerG, factor)
+    trainer.scheduleD = torch.optim.lr_scheduler.LambdaLR(trainer.optimizerD, factor_d)
     set_rates(trainer, args)
 
 
 def set_rates(trainer, args):
     """Put the flags' learning rates where a restored optimiser or schedule had the saved run's."""
-    trainer.scheduleG.base_lrs = [args.lr]
-    for group in trainer.optimizerG.param_groups:
-        group["initial_lr"] = args.lr
-        group["lr"] = args.lr * trainer.scheduleG.lr_lambdas[0](trainer.scheduleG.last_epoch)
+    for optimizer, schedule, rate in ((trainer.optimizerG, trainer.scheduleG, args.lr),
+                                      (trainer.optimizerD, trainer.scheduleD, args.lr_d)):
+        schedule.base_lrs = [rate]
+        factor = schedule.lr_lambdas[0](schedule.last_epoch)
+        for group in optimizer.param_groups:
+            group.update(initial_lr=rate, lr=rate * factor)
     beta1 = 0.9 if "slow_d" in args.without else BETA1_D
     for group in trainer.optimizerD.param_groups:
-        group.update(lr=args.lr_d, betas=(beta1, 0.999))
+        group["betas"] = beta1, 0.999

@@ -138,6 +138,7 @@ def resume(state, args, progress, trainer, parts, steps_per_epoch):
     if changed := changed_flags(then, now):
         log(f"changed for the epochs to come: {', '.join(changed)}")
     state["parts"].setdefault("average", state["parts"]["netG"])  # begun --without ema
+    state["parts"].setdefault("scheduleD", {})  # of a version that had none
     checkpoints.restore_run(state, parts, Path(args.out_dir, "last.pt"))
     progress = saved | {name: progress[name] for name in ("flags", "data")}
     trainer.updates = progress["updates"]

@@ -205,6 +205,19 @@ def test_the_adversarial_gradient_is_bounded(bound):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("without, first", [([], 2.0), (["slow_d"], 1.0)])
+def test_d_begins_at_twice_its_rate(without, first, monkeypatch):
+    monkeypatch.setattr(training_step, "WARM_UP_D", 2)
+    trainer, lr, hr = small_run("--alpha", "0", "--gamma", "0", "--lr_d", "0.001", "--without",
+                                *without)
+    rates = []
+    for with_gan in (True, False, True, True):
+        training_step.train_step(trainer, lr, hr, None, with_gan, False)
+        rates.append(trainer.optimizerD.param_groups[0]["lr"])
+        training_step.apply_updates(trainer, with_gan)
+    assert rates == [0.001 * first, 0.001 * first, 0.001 * first, 0.001]
+
+
 def test_average_ramps_up():
     """After one update the average is (2/11) old + (9/11) new; the limit holds later."""
     run, _, _ = small_run()
