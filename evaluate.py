@@ -31,6 +31,7 @@ from support.cli import (
     markdown_table,
     not_negative,
     positive,
+    positive_number,
     run_script,
 )
 from support.figures import to_image
@@ -220,6 +221,8 @@ def measure(models, dataset, embedders, batch_size, device, context=nullcontext)
 
     rows, vectors = [], {(m, e): [] for m in models for e in embedders}
     bar = tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=None)
+    if not dataset.crop_size:  # frames have the size of four crops
+        batch_size = max(1, batch_size // 4)
     for group, lr, restored, hr in batches(dataset, batch_size, device):
         of_hr = embeddings(hr)
         for name, model in models.items():
@@ -379,7 +382,13 @@ def parse(argv=None):
     add("--blend", action="append", default=[], metavar="B.pth:0.3",
         help="also 0.7 of the first checkpoint's weights and 0.3 of B's; may be repeated")
     add("--data_dir", default=VALID_DIR, help="folder of photographs")
-    add("--crop_size", type=int, default=128, help="HR size in px; 0: whole frames")
+    add("--crop_size", type=not_negative, nargs="+", default=[128, 0],
+        help="HR sizes in px of the centre crops to measure; 0: whole frames, as the report's code")
+    add("--shift", type=int, nargs="+", default=[], metavar="PX",
+        help="also measure the gain over bicubic on crops that many px right of and below the "
+             "centre (sweep.csv, sweep.png)")
+    add("--scale", type=positive_number, nargs="+", default=[], metavar="F",
+        help="also on whole frames, and the faces in them, F times as large")
     add = parser.add_argument_group("how").add_argument
     add("--face_weights", default="vggface2",
         help="embedder of the cosine: vggface2, casia-webface, random, or a state dict's path")
@@ -396,14 +405,68 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def framing_name(crop_size):
+    """What tables and files call it."""
+    return f"crop_{crop_size}" if crop_size else "whole_frames"
+
+
+def sweep(models, dataset, args, embedder, device, context):
+    """Means and gains over bicubic on shifted crops and on larger and smaller faces: a table."""
+    crop = max(args.crop_size) or 128
+    framings = [("shift", px, dataset.framed(crop, shift=px)) for px in args.shift]
+    framings += [("scale", f, dataset.framed(0, scale=f)) for f in args.scale]
+    rows = []
+    for name, value, framing in framings:
+        per_image, _ = measure({k: v for k, v in models.items() if k != "HR"}, framing,
+                               {"cosine": embedder}, args.batch_size, device, context)
+        means = per_image.groupby("model", sort=False)[["psnr_y", "ssim", "cosine"]].mean()
+        gains = (means - means.loc["bicubic"]).add_suffix("_gain")
+        rows += [{"sweep": name, "value": value, "model": model, **means.loc[model],
+                  **gains.loc[model]} for model in means.index]
+    return pd.DataFrame(rows)
+
+
+def load_dataset(args, factor):
+    """The photographs, large enough for every --crop_size and --shift."""
+    sizes = [size - size % factor for size in args.crop_size]
+    for size, wanted in zip(sizes, args.crop_size):
+        if size != wanted:
+            print(f"--crop_size {wanted} is no multiple of {factor}: using {size}")
+    args.crop_size = list(dict.fromkeys(sizes))
+    room = max(args.crop_size) + 2 * max(map(abs, args.shift), default=0)
+    return ValidDatasetFromFolder(args.data_dir, room, factor, args.cache_gb, "--data_dir")
+
+
+def write_tables(args, tables, labels):
+    """CSV and Markdown of all framings; prints what a person wants to know.
+
+    tables: {framing: (per image, summary, differences)}.
+    """
+    folder, text = Path(args.out_dir), ""
+    for n, name in enumerate(("per_image", "summary", "differences")):
+        whole = pd.concat([table[n].assign(framing=framing) for framing, table in tables.items()])
+        checkpoints.save_csv(whole[["framing", *whole.columns[:-1]]], folder / f"{name}.csv")
+    for framing, (_, summary, pairs) in tables.items():
+        text += f"## {framing}\n\n{markdown(summary, labels)}\n"
+        text += "".join(
+            f"- {p.model} - {p.minus}: {p.metric} {p.difference:+.4f} [{p.low:+.4f}, "
+            f"{p.high:+.4f}], {verdict(p)}\n" for p in pairs.itertuples()) + "\n"
+    checkpoints.save_text(text, folder / "summary.md")
+    print(text, end="")
+
+
+def verdict(pair):
+    """A row of `differences` in words."""
+    if not pair.larger_than_chance:
+        return "within chance"
+    return "better beyond chance" if pair.difference > 0 else "worse beyond chance"
+
+
 def main(argv=None):
     args = parse(argv)
     device, folder = choose_device(args.device), Path(args.out_dir)
     models, factor = load_models(args, device)
-    dataset = ValidDatasetFromFolder(args.data_dir, args.crop_size, factor, args.cache_gb,
-                                     "--data_dir")
-    if dataset.crop_size != args.crop_size:
-        print(f"--crop_size {args.crop_size} is no multiple of {factor}: using {dataset.crop_size}")
+    dataset = load_dataset(args, factor)
     embedders, labels = load_embedders(args.face_weights, args.judge)
     for network in embedders.values():
         network.to(device)
@@ -411,25 +474,23 @@ def main(argv=None):
     precision = fast_precision(device) if args.precision == "auto" else args.precision
     if precision != "fp32":
         labels["cosine"] += f"; generators and it computed in {precision}"
-    per_image, vectors = measure(models, dataset, embedders, args.batch_size, device,
-                                 autocast(device, precision))
-    summary = summarise(per_image, vectors, args.seed)
-    summary["networks"] = "; ".join(labels.values())
-    pairs = differences(per_image, args.seed)
-    text = markdown(summary, labels)
-    checkpoints.save_csv(per_image, folder / "per_image.csv")
-    checkpoints.save_csv(summary, folder / "summary.csv")
-    checkpoints.save_csv(pairs, folder / "differences.csv")
-    checkpoints.save_text(text, folder / "summary.md")
-    figures.save_comparison(folder / "comparison.png", ["LR", *models],
-                            picture_rows(models, dataset, per_image, device))
-    print(text)
-    for _, pair in pairs.iterrows():
-        verdict = "larger than chance" if pair["larger_than_chance"] else "within chance"
-        print(f"{pair['model']} - {pair['minus']}: {pair['metric']} {pair['difference']:+.4f} "
-              f"[{pair['low']:+.4f}, {pair['high']:+.4f}], {verdict}")
-    print(f"wrote summary.csv, summary.md, differences.csv, per_image.csv and comparison.png to "
-          f"{folder}/")
+    context, tables = autocast(device, precision), {}
+    for crop_size in args.crop_size:
+        name, framing = framing_name(crop_size), dataset.framed(crop_size)
+        per_image, vectors = measure(models, framing, embedders, args.batch_size, device, context)
+        summary = summarise(per_image, vectors, args.seed).assign(
+            networks="; ".join(labels.values()))
+        tables[name] = per_image, summary, differences(per_image, args.seed)
+        figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *models],
+                                picture_rows(models, framing, per_image, device))
+    write_tables(args, tables, labels)
+    if args.shift or args.scale:
+        table = sweep(models, dataset, args, embedders["cosine"], device, context)
+        checkpoints.save_csv(table, folder / "sweep.csv")
+        figures.save_sweep(table, folder / "sweep.png")
+        print(table.round(4).to_string(index=False))
+    print(f"wrote summary.csv, summary.md, differences.csv, per_image.csv, comparison_*.png"
+          f"{' and sweep.*' * bool(args.shift or args.scale)} to {folder}/")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every command shares: one-line errors, argparse types, the log, parallel work."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -41,6 +42,13 @@ def not_negative(text):
     if int(text) < 0:
         raise argparse.ArgumentTypeError("must be 0 or more")
     return int(text)
+
+
+def positive_number(text):
+    """argparse type: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError("must be a finite number above 0")
+    return float(text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -273,3 +273,33 @@ def save_tradeoff(table, curves, path, blend=None):
         label_ends(panel, ends)
     with replacing(path) as temporary:
         figure.savefig(temporary)
+
+
+def save_sweep(table, path):
+    """sweep.png: what a generator gains over bicubic, against the framing.
+
+    table: of `evaluate.sweep`, columns sweep ("shift" in px, "scale"), value, model and psnr_y,
+    ssim and cosine with the ending _gain.
+    """
+    sweeps = [name for name in ("shift", "scale") if name in set(table["sweep"])]
+    measures = {"psnr_y": "gain in PSNR-Y (dB)", "ssim": "gain in SSIM",
+                "cosine": "gain in cosine"}
+    words = {"shift": "centre crop, shifted right and down by (px)",
+             "scale": "whole frame, face times as large"}
+    figure, axes = panels([[f"{s} {m}" for m in measures] for s in sweeps],
+                          (13, 3.6 * len(sweeps)),
+                          {f"{s} {m}": title for s in sweeps for m, title in measures.items()})
+    for name in sweeps:
+        for measure in measures:
+            panel, ends = axes[f"{name} {measure}"], []
+            panel.axhline(0, color="0.4", linewidth=0.8)
+            panel.set_xlabel(words[name], fontsize=8)
+            for model, style in zip(table["model"].unique()[1:], STYLES):
+                rows = table[(table["sweep"] == name) & (table["model"] == model)]
+                rows = rows.sort_values("value")
+                x, y = draw_line(panel, rows["value"], rows[f"{measure}_gain"], style)
+                ends.append((x, y, model, style[0]))
+            ends.append((panel.get_xlim()[1], 0, "bicubic", "0.4"))
+            label_ends(panel, ends)
+    with replacing(path) as temporary:
+        figure.savefig(temporary)

@@ -423,10 +423,10 @@ def test_the_script_on_portraits(checkpoint, tmp_path, capsys):
                    "--face_weights", "random", "--judge", str(judge), "--out_dir", str(out),
                    "--device", "cpu", "--batch_size", "2"])
     assert sorted(p.name for p in out.iterdir()) == [
-        "comparison.png", "differences.csv", "per_image.csv", "summary.csv", "summary.md"]
+        "comparison_crop_32.png", "differences.csv", "per_image.csv", "summary.csv", "summary.md"]
 
     per_image = pd.read_csv(out / "per_image.csv")
-    assert list(per_image.columns[:5]) == ["model", "image", "psnr_y", "ssim", "cosine"]
+    assert list(per_image.columns[:6]) == ["framing", "model", "image", "psnr_y", "ssim", "cosine"]
     assert per_image["model"].value_counts().to_dict() == {"bicubic": 3, checkpoint.stem: 3,
                                                            "HR": 3}
     for row in per_image[per_image["model"] == "bicubic"].itertuples():
@@ -463,7 +463,7 @@ def test_the_script_on_portraits(checkpoint, tmp_path, capsys):
     assert [row.split()[1] for row in rows] == ["model", "bicubic", checkpoint.stem, "HR"]
     assert len({row.count("|") for row in rows}) == 1
     assert text in capsys.readouterr().out
-    assert min(Image.open(out / "comparison.png").size) >= 4 * 32
+    assert min(Image.open(out / "comparison_crop_32.png").size) >= 4 * 32
 
 
 def test_the_script_on_whole_frames_and_odd_crops(checkpoint, tmp_path, monkeypatch, capsys):
@@ -491,6 +491,40 @@ def test_the_script_on_whole_frames_and_odd_crops(checkpoint, tmp_path, monkeypa
     _, (_, rows) = run("--crop_size", "31")
     assert "--crop_size 31 is no multiple of 4: using 28" in capsys.readouterr().out
     assert {row["images"][-1].size for row in rows} == {(28, 28)}
+
+
+def test_both_framings_and_the_sweep(checkpoint, tmp_path, monkeypatch, capsys):
+    """Gains by hand: the crop is cut, or the frame resized, with PIL alone."""
+    data, out = save_portraits(tmp_path / "data", [(48, 48)] * 2), tmp_path / "out"
+    monkeypatch.setattr(evaluate, "load_face_network",
+                        lambda name: setattr(network := Embedder(), "label", name) or network)
+    evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size", "32",
+                   "0", "--shift", "0", "8", "--scale", "1", "1.5", "--out_dir", str(out),
+                   "--device", "cpu"])
+    summary = pd.read_csv(out / "summary.csv")
+    assert summary["framing"].unique().tolist() == ["crop_32", "whole_frames"]
+    for name in ("comparison_crop_32.png", "comparison_whole_frames.png", "sweep.png"):
+        assert (out / name).stat().st_size > 0
+    text = (out / "summary.md").read_text()
+    assert "## crop_32" in text and "## whole_frames" in text and text in capsys.readouterr().out
+
+    table = pd.read_csv(out / "sweep.csv").set_index(["sweep", "value", "model"])
+    for sweep, value, framing in (("shift", 0, "crop_32"), ("scale", 1, "whole_frames")):
+        of = summary[summary["framing"] == framing].set_index("model")
+        for metric in ("psnr_y", "ssim", "cosine"):
+            for model in ("bicubic", checkpoint.stem):
+                assert table.loc[(sweep, value, model), metric] == pytest.approx(of[metric][model])
+            assert table.loc[(sweep, value, checkpoint.stem), f"{metric}_gain"] == pytest.approx(
+                of[metric][checkpoint.stem] - of[metric]["bicubic"])
+    for sweep, value, edit in (("shift", 8, lambda im: im.crop((16, 16, 48, 48))),
+                               ("scale", 1.5, lambda im: im.resize((72, 72), Image.BICUBIC))):
+        psnr = []
+        for path in sorted(data.iterdir()):
+            hr = edit(Image.open(path))
+            lr = hr.resize((hr.width // 4, hr.height // 4), Image.BICUBIC)
+            psnr.append(psnr_by_hand(*(np.asarray(image) / 255 for image in (
+                lr.resize(hr.size, Image.BICUBIC), hr))))
+        assert table.loc[(sweep, value, "bicubic"), "psnr_y"] == pytest.approx(np.mean(psnr))
 
 
 def test_the_pictures_are_the_best_the_median_and_the_worst(frames):
