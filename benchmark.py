@@ -21,13 +21,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import train_identity
 import training_step
-from data_utils import TrainDatasetFromFolder, ValidDatasetFromFolder
+from data_utils import CROPS, TrainDatasetFromFolder, ValidDatasetFromFolder
 from loss_identity import adversarial_loss, embed, fake_loss, pixel_loss, real_loss
 from support import checkpoints, figures
 from support.cli import HelpFormatter, InputError, positive, run_script
@@ -213,6 +212,27 @@ def reference_functions(trainer, flags, lr, hr, valid):
                                                        with_d=False)}
 
 
+def data_path(folder, flags, device):
+    """{crop mode: images per second} from cached photographs to (LR, HR) batches, on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rates = {}
+    for mode in CROPS:
+        dataset = TrainDatasetFromFolder(folder, flags.crop_size, flags.upscale_factor, mode,
+                                         flips=True)
+
+        def epochs(dataset=dataset):
+            for epoch in range(16):
+                dataset.set_epoch(epoch)
+                list(dataset.batches([range(len(dataset))], device))
+
+        epochs()
+        seconds = statistics.median(timed(epochs, device) for _ in range(5))
+        rates[mode] = 16 * len(dataset) / seconds
+    torch.set_num_threads(threads)
+    return rates
+
+
 def worker(role, flags, folder, pipe):
     """Answer the parent's questions with seconds (or other figures) until it sends None."""
     project = role == "project"
@@ -231,7 +251,6 @@ def worker(role, flags, folder, pipe):
                        antialias=True, align_corners=False)
     lr, hr = (x.to(device).contiguous(memory_format=layout) for x in (lr, hr))
     valid = ValidDatasetFromFolder(folder, flags.crop_size, flags.upscale_factor)
-    train = TrainDatasetFromFolder(folder, flags.crop_size, flags.upscale_factor)
     functions = (project_functions if project else reference_functions)(
         trainer, flags, lr, hr, valid)
 
@@ -241,8 +260,7 @@ def worker(role, flags, folder, pipe):
         return timed(function, device)
 
     answers = {
-        "data loading": lambda: timed(
-            lambda: list(DataLoader(train, batch_size=flags.batch_size)), device),
+        "data path": lambda: data_path(folder, flags, device),
         "convolution": lambda: {precision: convolution_rate(device, PRECISIONS[precision])
                                 for precision in {"fp32", flags.precision}},
         "precision": lambda: flags.precision,  # build_trainer has put the machine's for auto
@@ -288,7 +306,7 @@ def start_workers(args, folder):
         "--batch_size", str(args.batch_size), "--crop_size", str(args.crop_size), "--device",
         args.device, "--precision", args.precision, "--vgg_weights", "random", "--face_weights",
         "random", "--without", "ratio_bound"])
-    for i, portrait in enumerate(synthetic_portraits(args.valid_images, args.crop_size, 1)):
+    for i, portrait in enumerate(synthetic_portraits(args.valid_images, 256, 1)):
         figures.save_image(Image.fromarray(portrait), Path(folder, f"{i:03}.png"))
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -325,8 +343,7 @@ def benchmark(args):
             compare(project, reference, question, 1, images)
             ours[name], theirs[name], result[f"{name}_speedup"] = compare(
                 project, reference, question, args.rounds, images)
-        seconds = statistics.median(ask(project, "data loading") for _ in range(args.rounds))
-        result["data_images_per_second"] = args.valid_images / seconds
+        result["data_images_per_second"] = ask(project, "data path")
         parts = [ask(project, "parts") for _ in range(2)]
         result["gflop_per_image"] = ask(project, "flop") / 1e9
         for pipe in pipes.values():
@@ -365,7 +382,8 @@ def report(result):
                         else f"reference_{name}_images_per_second"]
         lines.append(f"{title:<26}{result[f'{name}_images_per_second']:>10.2f}{theirs:>11.2f}"
                      f"{result[ratio]:>7.2f}x")
-    lines.append(f"{'data loading':<26}{result['data_images_per_second']:>10.0f}")
+    for mode, rate in result["data_images_per_second"].items():
+        lines.append(f"{f'data path, {mode} crops':<26}{rate:>10.0f}  (one core)")
     lines.append(f"{'peak memory, GiB':<26}{result['memory_gib']:>10.2f}"
                  f"{result['reference_memory_gib']:>11.2f}{result['memory_ratio']:>7.2f}x")
     lines.append(f"training step: {result['gflop_per_image']:.1f} GFLOP per image, "

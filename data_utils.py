@@ -24,6 +24,7 @@ from support.machine import ignore_signals
 TRAIN_DIR = "data/DIV2K_train_HR"
 VALID_DIR = "data/DIV2K_valid_HR"
 FRAME = 256  # px of the report's photographs, on the shorter side
+CROPS = ("center", "random", "mixed")
 # Of the crops in --crop mixed; results/EXPERIMENTS.md, "Which crops to train on".
 MIX = {"center": 0.1, "random": 0.6, "rescaled": 0.3}
 SCALES = (0.5, 1.5)  # of the face in a rescaled crop

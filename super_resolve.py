@@ -1,11 +1,12 @@
-"""Upscale small face pictures, or the faces in photographs, with a trained generator.
+"""Enlarge small face pictures, or the small faces in photographs, with a trained generator.
 
     python super_resolve.py face.png folder/ --out_dir out           # pictures that are a face
     python super_resolve.py party.jpg --detect --out_dir out         # faces in a larger photo
     python super_resolve.py face.png --checkpoint epochs/netG_epoch_8_100.pth --compare
 
-`face.png` gives `face_sr.png`; `party.jpg` gives `party_face1.png`, ... and `party_restored.png`.
-A further input of the same name, from another folder or with another suffix, counts on: `face_2`.
+`face.png` gives `face_sr.png`; `party.jpg` gives `party_face1.png`, ... and, enlarged, with its
+small faces restored, `party_restored.png`. A further input of the same name, from another folder or
+with another suffix, counts on: `face_2`.
 """
 
 import argparse
@@ -24,13 +25,15 @@ from support.cli import HelpFormatter, InputError, positive, run_script
 from support.figures import to_image
 from support.machine import DEVICES, choose_device
 
-CROP = 128    # px of the HR pictures that the networks are trained on
-LARGE = 128   # px; a longer side than this is probably no small face picture
-LIMIT = 512   # px; 8x of it is a file of 4096 px
+FRAMES = (128, 384)  # px of HR frames that training shows a whole face in: 256, rescaled
+SMALL_FACE = 64  # px of the largest frame in a photo that gains detail; the face is half of it
+LARGE = 64    # px; a picture with a longer side than this is probably more than a face
+LIMIT = 128   # px; 8x of it is a file of 1024 px, and the network has seen no face as large
 PIXELS = 2 ** 15  # LR px to compute at a time: 1 to 2 GB of activations at 8x
 REACH = 18    # LR px to each side that an output pixel depends on (the most over all factors)
-SMALLEST = 20  # px of the smallest face looked for, MTCNN's default: about the LR size at 8x
+SMALLEST = 20  # px of the smallest face looked for, MTCNN's default
 SURE = 0.95   # MTCNN's probability; faces of 32 px and more score above 0.99, flukes below 0.95
+MOST = 10 ** 8  # px of a restored photo: 300 MB in memory
 
 
 # ---------------------------------------------------------------------------------------------
@@ -144,20 +147,18 @@ def find_faces(detector, photo):
 
 
 def face_square(points):
-    """Landmarks -> the square that is a training picture of that face: (x, y, side, angle).
+    """Landmarks -> the square that CelebA-HQ would frame that face with: (x, y, side, angle).
 
     points: (5, 2) px: the eyes (left one in the photo first), nose, corners of the mouth. (x, y):
-    the centre; side in px; angle in radians, clockwise. Training pictures are the central half of
-    CelebA-HQ's frame, and this is how that frame is laid (Karras et al. 2018, appendix C): 4 eye
+    the centre; side in px; angle in radians, clockwise. Karras et al. 2018, appendix C: 4 eye
     distances wide, or 3.6 times eyes to mouth where a turned head brings the eyes together. Check:
-    MTCNN's landmarks in 100 frames of 256 px (their eyes 64.5 px apart, at 0.44 of the central
-    crop's height) give a centre of (128.6, 127.4), a side of 131 +- 4 and an angle of 0.0 +- 0.9
-    degrees; the training crop is (128, 128), 128, 0.
+    MTCNN's landmarks in 100 frames of 256 px give a centre of (128.6, 127.4), a side of 262 +- 8
+    and an angle of 0.0 +- 0.9 degrees.
     """
     eyes, mouth = points[:2].mean(0), points[3:].mean(0)
     across, down = points[1] - points[0], mouth - eyes
     x, y = eyes + 0.1 * down
-    side = max(2.0 * np.hypot(*across), 1.8 * np.hypot(*down))
+    side = max(4.0 * np.hypot(*across), 3.6 * np.hypot(*down))
     right = across + [down[1], -down[0]]  # both say which way is right; their sum is steadier
     return float(x), float(y), float(side), math.atan2(right[1], right[0])
 
@@ -194,7 +195,7 @@ def cut_face(image, square, size):
 def paste_face(photo, face, square):
     """`photo` with `face` put back into `square`; a soft edge, and nothing changed outside."""
     side = max(1, round(square[2]))
-    soft = max(1, side // 16)  # narrow: the mouth lies at 0.96 of the height
+    soft = max(1, side // 8)
     mask = Image.new("L", (side, side), 0)
     ImageDraw.Draw(mask).rectangle([soft, soft, side - 1 - soft, side - 1 - soft], fill=255)
     mask = mask.filter(ImageFilter.GaussianBlur(soft / 2))
@@ -203,60 +204,100 @@ def paste_face(photo, face, square):
     return Image.composite(warp(face, matrix, photo.size), photo, warp(mask, matrix, photo.size))
 
 
+def frame_size(side, factor):
+    """LR px for the network of a frame that has `side` px in the photo: its own, within FRAMES."""
+    low, high = (size // factor for size in FRAMES)
+    return min(max(round(side), low), high)
+
+
 # ---------------------------------------------------------------------------------------------
 # From file to files
 
 
-def prepare(path, stem, detector, lr_size):
+def prepare(path, stem, detector, factor, reduce):
     """Read one file -> all that is known of it; `.lr`: the RGB pictures to super-resolve.
 
-    Raises InputError naming the file: unreadable, too large, or without a face.
+    reduce: px to bring the shorter side to, or None. Raises InputError naming the file:
+    unreadable, too large, or without a face.
     """
     original = read_image(path, keep_mode=True)
     try:
         rgb, alpha = split_alpha(original)
     except ValueError as error:  # a colour space that Pillow reads but does not convert
         raise InputError(f"{path}: {error}") from None
-    if detector is None and max(rgb.size) > LIMIT:
-        raise InputError(f"{path}: {rgb.width}x{rgb.height} px is no small face picture (limit: "
-                         f"{LIMIT}); --detect finds the faces in a photo")
-    lr, squares = [rgb], []
-    if detector is not None:
+    if detector is None:
+        lr, squares = [reduced(rgb, reduce)], []
+        if max(lr[0].size) > LIMIT:
+            raise InputError(f"{path}: {rgb.width}x{rgb.height} px is more than the network is for "
+                             f"({LIMIT} px): --detect finds the faces in a photo, --reduce 32 "
+                             "reduces a picture of one face")
+    else:
         squares = find_faces(detector, rgb)
         if not squares:
             raise InputError(f"{path}: no face found, nothing written")
-        lr = [cut_face(rgb, square, lr_size) for square in squares]
+        lr = [cut_face(rgb, square, frame_size(square[2], factor)) for square in squares]
     return SimpleNamespace(path=path, stem=stem, original=original, rgb=rgb, alpha=alpha,
                            squares=squares, lr=lr)
 
 
-def results(job, faces):
-    """The pictures to write, by the ending of their names, and a remark for the user.
+def reduced(image, size):
+    """`image` with a shorter side of `size` px, antialiased, if it is larger and size is given."""
+    if not size or min(image.size) <= size:
+        return image
+    return image.resize([max(1, round(side * size / min(image.size))) for side in image.size],
+                        Image.Resampling.BICUBIC)
+
+
+def results(job, faces, upscale, force):
+    """The pictures to write, by the ending of their names, and what was done with each face.
 
     faces: the super-resolved `job.lr`.
     """
     if not job.squares:
-        large = max(job.rgb.size) > LARGE
+        large = max(job.lr[0].size) > LARGE
         return ({"sr": like_original(faces[0], job.original, job.alpha)},
                 "; large for a face picture: --detect finds the faces in a photo" * large)
-    pictures, restored = {}, job.rgb
+    pictures, remarks = {}, []
+    restored = restored_photo(job, faces, upscale, force)
+    if restored:
+        pictures["restored"] = like_original(restored, job.original, job.alpha)
     for n, (face, square) in enumerate(zip(faces, job.squares), 1):
         alpha = job.alpha and cut_face(job.alpha, square, face.width)
         pictures[f"face{n}"] = like_original(face, job.original, alpha)
-        restored = paste_face(restored, face, square)
-    pictures["restored"] = like_original(restored, job.original, job.alpha)
-    sides = [round(square[2]) for square in job.squares]
-    remark = f"; {', '.join(map(str, sides))} px in the photo, {job.lr[0].width} for the network"
-    if max(sides) > faces[0].width:
-        remark += f"; more than the {faces[0].width} px that come out: the photo shows more detail"
-    return pictures, remark
+        kept = "" if force or square[2] <= SMALL_FACE else ", left as it is in the photo"
+        remarks.append(f"face {n}: {round(square[2] / 2)} px{kept}")
+    if not restored:
+        remarks.append("no face is so small that the photo gains by it; --force restores all")
+    return pictures, f"; {'; '.join(remarks)}"
+
+
+def restored_photo(job, faces, upscale, force):
+    """The photo `upscale` times as large (Lanczos) with its small faces put in; None without any.
+
+    A large face has more detail in the photo than the network, which sees it reduced, can give
+    back; force: put it in all the same.
+    """
+    size = job.rgb.width * upscale, job.rgb.height * upscale
+    small = [(face, square) for face, square in zip(faces, job.squares)
+             if force or square[2] <= SMALL_FACE]
+    if not small:
+        return None
+    if size[0] * size[1] > MOST:
+        raise InputError(f"{job.path}: {size[0]}x{size[1]} px would be too large; give a smaller "
+                         "--upscale")
+    photo = job.rgb.resize(size, Image.Resampling.LANCZOS)
+    for face, (x, y, side, angle) in small:
+        photo = paste_face(photo, face, (x * upscale, y * upscale, side * upscale, angle))
+    return photo
 
 
 def comparison(job, faces):
-    """Input (nearest) | bicubic | output, a row for each face."""
-    rows = [[lr.resize(face.size, Image.Resampling.NEAREST),
-             lr.resize(face.size, Image.Resampling.BICUBIC), like_original(face, job.original)]
-            for lr, face in zip(job.lr, faces)]
+    """Input (nearest) | bicubic | output, a row for each face; the input as the file has it."""
+    inputs = ([cut_face(job.rgb, square, max(1, round(square[2]))) for square in job.squares]
+              or job.lr)
+    rows = [[face.resize(sr.size, Image.Resampling.NEAREST),
+             face.resize(sr.size, Image.Resampling.BICUBIC), like_original(sr, job.original)]
+            for face, sr in zip(inputs, faces)]
     return figures.grid(rows, ("input", "bicubic", "output"))
 
 
@@ -291,7 +332,13 @@ def parse(argv):
     add = parser.add_argument_group("faces").add_argument
     add("--detect", action="store_true",
         help=f"the inputs are photographs: find the faces in them (from {SMALLEST} px), write each "
-             "(NAME_face1.png) and the photo with all of them put back (NAME_restored.png)")
+             "(NAME_face1.png) and the enlarged photo with its small faces put in "
+             "(NAME_restored.png)")
+    add("--upscale", type=positive, default=4, help="times that the photo is enlarged")
+    add("--force", action="store_true",
+        help=f"put in faces of more than {SMALL_FACE // 2} px, too, although the photo shows more")
+    add("--reduce", type=positive, metavar="PX",
+        help="without --detect: bring the shorter side to PX first (a whole head: 32)")
 
     add = parser.add_argument_group("network").add_argument
     add("--checkpoint",
@@ -333,20 +380,25 @@ def main(argv=None):
         jobs = []
         for path, stem in files[start:start + step]:
             try:
-                jobs.append(prepare(path, stem, detector, CROP // generator.scale_factor))
+                jobs.append(prepare(path, stem, detector, generator.scale_factor, args.reduce))
             except InputError as error:
                 fail(error)
         all_faces = super_resolve(generator, [lr for job in jobs for lr in job.lr],
                                   args.batch_size)
         for job in jobs:
             faces = [all_faces.pop(0) for _ in job.lr]
-            pictures, remark = results(job, faces)
+            try:
+                pictures, remark = results(job, faces, args.upscale, args.force)
+            except InputError as error:
+                fail(error)
+                continue
             if args.compare:
                 pictures["compare"] = comparison(job, faces)
             written = {out_dir / f"{job.stem}_{ending}.png": p for ending, p in pictures.items()}
             for path, picture in written.items():
                 figures.save_image(picture, path)
-            print(f"{job.path} -> {', '.join(map(str, written))}{remark}", flush=True)
+            sizes = ", ".join(f"{path} ({p.width}x{p.height})" for path, p in written.items())
+            print(f"{job.path} ({job.rgb.width}x{job.rgb.height}) -> {sizes}{remark}", flush=True)
     if failed:
         raise InputError(f"{len(failed)} input(s) could not be used, see above")
 

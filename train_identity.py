@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import evaluate
-from data_utils import TRAIN_DIR, VALID_DIR, epoch_order, load_data
+from data_utils import CROPS, TRAIN_DIR, VALID_DIR, epoch_order, load_data
 from loss_identity import PRESETS
 from support import checkpoints, figures, run_folder
 from support.cli import HelpFormatter, InputError, log, not_negative, positive, run_script
@@ -330,7 +330,7 @@ def add_flags(parser):
     add("--lr_d", type=float, help="and of the discriminator")
     add("--crop_size", type=positive, default=128, help="HR size in px")
     add("--upscale_factor", type=int, choices=(2, 4, 8), default=8, help="HR size / LR size")
-    add("--crop", choices=("center", "random", "mixed"),
+    add("--crop", choices=CROPS,
         help="of the 256 px frame: the report's text, its published code, or some of either and "
              "rescaled ones")
     add("--seed", type=not_negative, default=0, help="of weights, order, flips and crops")
@@ -356,8 +356,7 @@ def add_flags(parser):
     add("--vgg_weights", default="imagenet", help="imagenet, random, or a state dict's path")
     add("--face_weights", default="vggface2",
         help="vggface2, casia-webface, random, or a state dict's path")
-    add("--allow_overlap", action="store_true",
-        help="go on although a photograph is in both folders")
+    add("--allow_overlap", action="store_true", help="go on with a photograph in both folders")
 
 
 def parse(argv=None):

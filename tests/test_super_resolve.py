@@ -94,7 +94,7 @@ def test_the_checkpoint_says_the_factor_and_the_shipped_one_is_the_default(tmp_p
 
 def test_a_large_picture_in_strips_is_the_whole(network, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(super_resolve, "PIXELS", 400)
-    image = picture(20, 130)
+    image = picture(20, 100)
     run(network, tmp_path / "out", save(image, tmp_path / "a.png"))
     assert close(Image.open(tmp_path / "out/a_sr.png"), by_hand(network[1], image))
     assert "large for a face picture" in capsys.readouterr().out
@@ -201,7 +201,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(network, tmp_path,
     save(picture(5, 5), tmp_path / "in/good.png")
     (tmp_path / "in/bad.jpg").write_bytes(b"no picture")
     (tmp_path / "empty").mkdir()
-    save(picture(513, 4), tmp_path / "huge.png")
+    save(picture(129, 4), tmp_path / "huge.png")
     arguments = [tmp_path / name for name in ("missing.png", "in", "empty", "huge.png")]
     with pytest.raises(SystemExit) as stop:
         run_script(lambda: run(network, tmp_path / "out", *arguments))
@@ -261,15 +261,15 @@ def landmarks(x, y, eyes, mouth, degrees=0.0):
 @pytest.mark.parametrize("degrees", [0, 30, -90, 180])
 def test_square_of_known_landmarks(degrees):
     # an average training frame of 256 px, turned about its centre: eyes 64 px apart at 0.47 of the
-    # height, mouth 66 px below; its training crop is the central 128 px
+    # height, mouth 66 px below
     arm = (0.5 - 0.47) * 256 * 1j * np.exp(1j * np.deg2rad(degrees))
     turned = super_resolve.face_square(landmarks(128 - arm.real, 128 - arm.imag, 64, 66, degrees))
-    assert turned[:3] == pytest.approx((128, 128, 128), abs=1.5)
+    assert turned[:3] == pytest.approx((128, 128, 256), abs=3)
     assert np.exp(1j * turned[3]) == pytest.approx(np.exp(1j * np.deg2rad(degrees)))
 
 
 def test_a_head_in_profile_is_measured_from_eyes_to_mouth():
-    assert super_resolve.face_square(landmarks(50, 50, 10, 60))[2] == pytest.approx(1.8 * 60)
+    assert super_resolve.face_square(landmarks(50, 50, 10, 60))[2] == pytest.approx(3.6 * 60)
 
 
 def test_cut_and_paste_are_pillows_crop_and_each_others_inverse():
@@ -306,45 +306,82 @@ def detector(monkeypatch):
     return fake
 
 
-def test_detect_writes_each_face_and_the_photo(network, tmp_path, detector, capsys):
+def test_detect_writes_each_face_and_the_enlarged_photo(network, tmp_path, detector, capsys):
+    """A face whose eyes are 12 px apart is put in, one of 40 px is not; the last is a fluke."""
     photo = picture(30, 40).resize((300, 400), BICUBIC)
-    detector.faces = [(landmarks(110, 90, 50, 50), 1.0), (landmarks(200, 300, 32, 33), 0.99),
-                      (landmarks(50, 350, 30, 30), 0.8)]  # the last is a fluke
-    run(network, tmp_path / "out", save(photo, tmp_path / "p.png"), "--detect", "--compare")
+    detector.faces = [(landmarks(150, 250, 40, 40), 1.0), (landmarks(110, 90, 12, 12), 0.99),
+                      (landmarks(50, 350, 30, 30), 0.8)]
+    run(network, tmp_path / "out", save(photo, tmp_path / "p.png"), "--detect", "--compare",
+        "--upscale", "3")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "p_compare.png", "p_face1.png", "p_face2.png", "p_restored.png"]
-    # eyes 50 px apart: a square of 100 px around the point 5 px below the eyes
-    lr = photo.crop((60, 45, 160, 145)).resize((32, 32), BICUBIC)
-    face = Image.open(tmp_path / "out/p_face1.png")
-    assert face.size == (128, 128) and close(face, by_hand(network[1], lr))
+    # eyes 12 px apart: a frame of 48 px around the point 1.2 px below the eyes; the network takes
+    # it as it is, and the other one of 160 px reduced to 96 (384 px at 4x)
+    square = super_resolve.face_square(landmarks(110, 90, 12, 12))
+    assert square == pytest.approx((110, 91.2, 48, 0))
+    face = Image.open(tmp_path / "out/p_face2.png")
+    assert face.size == (192, 192)
+    assert close(face, by_hand(network[1], super_resolve.cut_face(photo, square, 48)))
+    assert Image.open(tmp_path / "out/p_face1.png").size == (384, 384)
 
-    restored = Image.open(tmp_path / "out/p_restored.png")
-    assert restored.size == photo.size
-    changed = np.abs(np.asarray(restored, dtype=int) - np.asarray(photo, dtype=int)).max(2)
+    restored = np.asarray(Image.open(tmp_path / "out/p_restored.png"), dtype=int)
+    lanczos = np.asarray(photo.resize((900, 1200), Image.Resampling.LANCZOS), dtype=int)
+    assert restored.shape == lanczos.shape
+    changed = np.abs(restored - lanczos).max(2)
     inside = np.zeros(changed.shape, bool)
-    inside[45:145, 60:160] = inside[270:338, 166:234] = True
+    inside[201:347, 257:403] = True  # 3 * (91.2 -+ 24), 3 * (110 -+ 24), and a px for the turn
     assert not changed[~inside].any() and changed[inside].mean() > 10
-    rim = [changed[45, 60:160], changed[144, 60:160], changed[45:145, 60], changed[45:145, 159]]
-    assert np.concatenate(rim).mean() < 0.1 * changed[inside].mean()  # the soft edge
-    centre = np.asarray(face.resize((100, 100), BICUBIC), dtype=int)[20:80, 20:80]
-    assert close(np.asarray(restored)[65:125, 80:140], centre)
+    assert changed[202, 258:402].mean() < 0.1 * changed[inside].mean()  # the soft edge
     line, = capsys.readouterr().out.splitlines()
-    assert "100, 64 px in the photo, 32 for the network" in line and "more than" not in line
+    assert "(300x400) -> " in line and "p_restored.png (900x1200)" in line
+    assert "face 1: 80 px, left as it is" in line and "face 2: 24 px" in line
 
 
-def test_detect_keeps_grey_and_alpha_and_says_when_detail_is_lost(network, tmp_path, detector,
-                                                                  capsys):
+def test_a_photo_that_gains_nothing_is_not_written_unless_forced(network, tmp_path, detector,
+                                                                 monkeypatch, capsys):
+    photo = picture(200, 200)
+    detector.faces = [(landmarks(100, 92, 40, 40), 1.0)]
+    path = save(photo, tmp_path / "p.png")
+    run(network, tmp_path / "out", path, "--detect")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["p_face1.png"]
+    assert "--force" in capsys.readouterr().out
+    run(network, tmp_path / "out", path, "--detect", "--force", "--upscale", "1")
+    assert Image.open(tmp_path / "out/p_restored.png").size == (200, 200)
+    monkeypatch.setattr(super_resolve, "MOST", 100)
+    with pytest.raises(InputError, match="could not be used"):
+        run(network, tmp_path / "out", path, "--detect", "--force")
+    assert "p.png: 800x800 px would be too large" in capsys.readouterr().err
+
+
+def test_compare_shows_the_face_as_the_photo_has_it(network, tmp_path, detector, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "grid", lambda rows, headings: shown.append(rows) or rows[0][0])
+    photo = picture(30, 30).resize((300, 300), BICUBIC)
+    detector.faces = [(landmarks(150, 145, 50, 50), 1.0)]  # a frame of 200 px
+    run(network, tmp_path / "out", save(photo, tmp_path / "p.png"), "--detect", "--compare")
+    (((own, _, sr),),) = shown
+    expected = photo.crop((50, 50, 250, 250)).resize(sr.size, Image.Resampling.NEAREST)
+    assert close(own, np.asarray(expected))
+
+
+def test_reduce(network, tmp_path):
+    image = picture(300, 200)
+    run(network, tmp_path / "out", save(image, tmp_path / "a.png"), "--reduce", "20")
+    assert close(Image.open(tmp_path / "out/a_sr.png"),
+                 by_hand(network[1], image.resize((30, 20), BICUBIC)))
+
+
+def test_detect_keeps_grey_and_alpha(network, tmp_path, detector):
     photo, alpha = picture(200, 200, channels=1), picture(200, 200, seed=1, channels=1)
     given = photo.copy()
     given.putalpha(alpha)
-    detector.faces = [(landmarks(100, 92, 80, 80), 1.0)]
-    run(network, tmp_path / "out", save(given, tmp_path / "p.png"), "--detect")
+    detector.faces = [(landmarks(100, 98.4, 16, 16), 1.0)]  # a frame of 64 px around (100, 100)
+    run(network, tmp_path / "out", save(given, tmp_path / "p.png"), "--detect", "--upscale", "1")
     restored, face = (Image.open(tmp_path / f"out/p_{name}.png") for name in ("restored", "face1"))
     assert restored.mode == face.mode == "LA"
     assert close(restored.getchannel("A"), np.asarray(alpha), within=0)
-    expected = alpha.crop((20, 20, 180, 180)).resize((128, 128), BICUBIC)
+    expected = alpha.crop((68, 68, 132, 132)).resize((256, 256), BICUBIC)
     assert close(face.getchannel("A"), np.asarray(expected))
-    assert "more than the 128 px" in capsys.readouterr().out
 
 
 def test_a_photo_without_a_face_is_named(network, tmp_path, capsys):
