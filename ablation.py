@@ -135,7 +135,8 @@ def measure_all(args, start, runs, valid_set, embedders, device):
     ends = [paths[name, args.seeds[0]] for name in ("visual", "identity")]
     networks |= {f"blend {weight:g}": checkpoints.load_blend(*ends, weight) for weight in BLEND}
     models = evaluate.as_models(networks, device)
-    per_image, vectors = evaluate.measure(models, valid_set, embedders, evaluate.BATCH, device)
+    per_image, vectors = evaluate.measure(models, valid_set.framed(0), embedders,
+                                          evaluate.BATCH, device)
     return per_image, evaluate.summarise(per_image, vectors, seed=0)
 
 
@@ -237,9 +238,10 @@ def conditions(args, config):
     """Under which conditions the figures hold, in words; config: of one of the runs."""
     flags, data, networks = config["flags"], config["data"], config["networks"]
     start = args.start or f"{args.warm_epochs} epochs of the pixel loss alone"
-    return (f"{data['train']['n']} training and {data['valid']['n']} validation photographs, "
-            f"{flags['crop_size']} px, {flags['upscale_factor']}x. Each run: {args.epochs} epochs "
-            f"from the same warm start ({start}; SHA-256 {config['start'][:12]}), seeds "
+    return (f"{data['train']['n']} training photographs ({flags['crop']} crops of "
+            f"{flags['crop_size']} px), {data['valid']['n']} validation photographs (whole "
+            f"frames), {flags['upscale_factor']}x. Each run: {args.epochs} epochs from the same "
+            f"warm start ({start}; SHA-256 {config['start'][:12]}), seeds "
             f"{', '.join(map(str, args.seeds))}, batches of {flags['batch_size']}, learning rate "
             f"{flags['lr']:g}, {flags['precision']}; departures from the report left out: "
             f"{', '.join(flags['without']) or 'none'}. Networks: VGG16 "

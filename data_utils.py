@@ -299,7 +299,7 @@ def to_pairs(crops, factor):
     size = hr.shape[2] // factor, hr.shape[3] // factor
     lr = hr if hr.device.type == "cpu" else hr.float()  # CUDA interpolates no whole numbers
     lr = F.interpolate(lr, size=size, mode="bicubic", antialias=True)
-    return lr.float().round().clamp(0, 255).div(255), hr.float().div(255)
+    return lr.float().round_().clamp_(0, 255).div_(255), hr.float().div_(255)
 
 
 class ValidDatasetFromFolder(FaceFolder):

@@ -151,6 +151,8 @@ def resume(state, args, progress, trainer, parts, steps_per_epoch):
         progress["history"] = torch.where(history.isinf(), torch.nan, history)
     # counted in this run's steps, since another batch size makes other epochs
     trainer.scheduleG.last_epoch = (progress["epoch"] - 1) * steps_per_epoch + progress["step"]
+    if progress["epoch"] <= args.num_epochs:
+        log(f"resumed {args.out_dir} at epoch {progress['epoch']}, step {progress['step'] + 1}")
     return progress
 
 

@@ -283,7 +283,7 @@ def test_differences_and_sentences_by_hand():
 def test_report_states_rule_conditions_and_references(done):
     folder = done[0]
     text = (folder / "results" / "ablation.md").read_text()
-    assert "16 training and 4 validation photographs, 32 px, 2x" in text
+    assert "16 training photographs (mixed crops of 32 px), 4 validation photographs" in text
     assert "VGG16 tiny; InceptionResnetV1 tiny" in text and "seeds 1, 2" in text
     assert "excludes 0" in text and "spread between seeds" in text
     assert text.count("- baseline: ") == 3 * 4  # metrics: three and a judge's
