@@ -26,7 +26,7 @@ VALID_DIR = "data/DIV2K_valid_HR"
 FRAME = 256  # px of the report's photographs, on the shorter side
 CROPS = ("center", "random", "mixed")
 # Of the crops in --crop mixed; results/EXPERIMENTS.md, "Which crops to train on".
-MIX = {"center": 0.1, "random": 0.6, "rescaled": 0.3}
+MIX = {"center": 0.1, "random": 0.5, "rescaled": 0.3, "recoloured": 0.1}
 SCALES = (0.5, 1.5)  # of the face in a rescaled crop
 MIDDLE = np.nextafter(0.5, 0)  # of the places for a crop: the lower of two where there are two
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -209,9 +209,10 @@ class TrainDatasetFromFolder(FaceFolder):
     """(LR, HR) pairs: float tensors (3, c/s, c/s) and (3, c, c) in [0, 1].
 
     crop: "center" is the report's text; "random" its published code, a square anywhere in the
-    frame; "mixed" some of either and squares of another size, brought to c px (`MIX`). Crops and
-    flips change with `set_epoch` and are functions of (seed, epoch, index) alone, so that a
-    resumed run sees the same ones. `repeats[i]`: whether photograph i is at its centre crop.
+    frame; "mixed" some of either, squares of another size brought to c px, and squares in other
+    colours, which photographs of faces lack (shares: `MIX`). Crops and flips change with
+    `set_epoch` and are functions of (seed, epoch, index) alone, so that a resumed run sees the same
+    ones. `repeats[i]`: whether photograph i is at its centre crop.
     """
 
     def __init__(self, dataset_dir, crop_size, upscale_factor, crop="center", seed=0, cache_gb=4.0,
@@ -226,18 +227,22 @@ class TrainDatasetFromFolder(FaceFolder):
         self.set_epoch(0)
 
     def set_epoch(self, epoch):
-        """Draw each photograph's crop and flip for this epoch, and make the rescaled ones."""
+        """Draw each photograph's crop and flip, and make those crops that are not just cut out."""
         rng, n = np.random.default_rng([self.seed, epoch]), len(self)
         kinds = rng.choice([*self.shares], n, p=[*self.shares.values()])
         self.repeats = kinds == "center"
         self.places = np.where(self.repeats[:, None], MIDDLE, rng.random((n, 2)))
         self.scales = np.where(kinds == "rescaled", rng.uniform(*SCALES, n), 1.0)
         self.flipped = (rng.random(n) < 0.5) & self.flips
-        self.rescaled = {}
+        # c -> gain c + offset in each channel: any colours, flat areas among them
+        self.recoloured = kinds == "recoloured"
+        self.gains = rng.uniform(0.2, 1, (n, 3))
+        self.offsets = rng.random((n, 3)) * (1 - self.gains) * 255
+        self.made = {}
         if self.cached:
-            indices = np.flatnonzero(kinds == "rescaled").tolist()
+            indices = np.flatnonzero((self.scales != 1) | self.recoloured).tolist()
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                self.rescaled = dict(zip(indices, pool.map(self._rescale, indices)))
+                self.made = dict(zip(indices, pool.map(self.crop, indices)))
 
     def keys(self, indices):
         """What a crop is known by if it comes again in another epoch, else None."""
@@ -246,10 +251,16 @@ class TrainDatasetFromFolder(FaceFolder):
 
     def crop(self, index):
         """The HR crop of photograph `index` in this epoch: (c, c, 3), uint8."""
-        if index in self.rescaled:
-            return self.rescaled[index]
-        if self.scales[index] != 1:
-            return self._rescale(index)
+        if index in self.made:
+            return self.made[index]
+        crop = self._cut(index) if self.scales[index] == 1 else self._rescale(index)
+        if self.recoloured[index]:
+            crop = crop.numpy() * self.gains[index] + self.offsets[index]
+            crop = torch.from_numpy(crop.round().astype(np.uint8))
+        return crop
+
+    def _cut(self, index):
+        """A square of the frame, pixel for pixel."""
         mirror, size = self.flipped[index], self.crop_size
         if self.cached:
             frame = (self.mirrored if mirror else self.frames)[index]
@@ -261,7 +272,7 @@ class TrainDatasetFromFolder(FaceFolder):
         return frame[top:top + size, left:left + size]
 
     def _rescale(self, index):
-        """The crop where the face is `scales[index]` times as large: bicubic, any sub-pixel."""
+        """A square in which the face is `scales[index]` times as large: bicubic, any sub-pixel."""
         picture, size = self.picture(index), self.crop_size
         side = min(size / self.scales[index], *picture.size)
         top, left = self.places[index] * (picture.height - side, picture.width - side)

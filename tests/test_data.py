@@ -212,7 +212,7 @@ def test_random_crops(tmp_path, flips):
 
 
 def test_mixed_crops(tmp_path):
-    """Shares as in MIX; rescaled ones show a ramp of 1 level a pixel at 1 / scale levels."""
+    """Shares as in MIX; a ramp of 2 levels a pixel is as much flatter as the crop is enlarged."""
     y, x = np.mgrid[:64, :64]
     save(np.stack([2 * x, 2 * y, 0 * x], 2).astype(np.uint8), tmp_path / "0.png")
     for i in range(1, 400):
@@ -222,6 +222,10 @@ def test_mixed_crops(tmp_path):
     dataset.set_epoch(3), uncached.set_epoch(3)
     steps = []
     for index in range(400):
+        if index % 40 == 0:
+            assert equal(uncached.crop(index), dataset.crop(index))
+        if dataset.recoloured[index]:
+            continue
         _, hr = dataset[index]
         hr = levels(hr).astype(float)
         across, down = (hr[4:-4, 4:-4, channel] for channel in (0, 1))
@@ -231,14 +235,30 @@ def test_mixed_crops(tmp_path):
         assert dataset.repeats[index] == (equal(hr[0, 0, :2], [32, 32])
                                           and dataset.scales[index] == 1 and bool(step == 1))
         assert (dataset.keys([index]) == [(index, False)]) == dataset.repeats[index]
-        if index % 40 == 0:
-            assert equal(uncached.crop(index), dataset.crop(index))
     steps = np.array(steps)
-    same_size = steps == 1
-    assert np.mean(~same_size) == pytest.approx(data_utils.MIX["rescaled"], abs=0.06)
-    assert np.mean(dataset.repeats) == pytest.approx(data_utils.MIX["center"], abs=0.06)
+    assert np.sum(steps != 1) / 400 == pytest.approx(data_utils.MIX["rescaled"], abs=0.06)
+    assert np.mean(dataset.repeats) == pytest.approx(data_utils.MIX["center"], abs=0.05)
+    assert np.mean(dataset.recoloured) == pytest.approx(data_utils.MIX["recoloured"], abs=0.05)
     low, high = data_utils.SCALES
     assert low - 0.02 <= steps.min() < low + 0.1 and high - 0.1 < steps.max() <= high + 0.05
+
+
+def test_recoloured_crops(tmp_path):
+    """A white line on black shows each channel's two levels; all four corners of RGB are met."""
+    photo = np.zeros((16, 16, 3), np.uint8)
+    photo[:, 8] = 255
+    for i in range(300):
+        save(photo, tmp_path / f"{i}.png")
+    dataset = TrainDatasetFromFolder(tmp_path, 16, 8, "mixed")
+    seen = [dataset.crop(i).numpy() for i in np.flatnonzero(dataset.recoloured)]
+    assert len(seen) > 15
+    for crop in seen:
+        black, white = crop[0, 0].astype(int), crop[0, 8].astype(int)
+        assert (white - black >= 0.2 * 255 - 1).all() and (crop[:, 7] == black).all()
+        assert (crop[:, 8] == white).all()
+    levels_of_black = np.array([crop[0, 0] for crop in seen])
+    assert levels_of_black.max() > 120 and levels_of_black.min() < 10
+    assert np.abs(np.corrcoef(levels_of_black.T)[0, 1]) < 0.5  # each channel by itself
 
 
 def test_batches_are_the_pairs(tmp_path):
