@@ -15,6 +15,8 @@ import train_identity
 import training_step
 from support.machine import set_up_machine
 
+CPU = torch.device("cpu")
+
 
 def forkserver():
     """A context whose processes start with all imports done."""
@@ -44,29 +46,30 @@ def as_rank(rank, port, function, *arguments):
     function(rank, *arguments)
 
 
-def step_of_rank(rank, world, without):
-    """(trainer, logged values) after a step on this rank's own four images."""
+def step_of_ranks(ranks, world, without, device=CPU):
+    """(trainer, logged values) after a step on the four images that each of `ranks` has."""
     args = train_identity.parse(
         ["--crop_size", "32", "--batch_size", "4", "--alpha", "0", "--beta", "0.1", "--gamma", "3",
-         "--face_weights", "random", "--precision", "fp32", "--device", "cpu", "--without",
+         "--face_weights", "random", "--precision", "fp32", "--device", device.type, "--without",
          *without])
-    trainer = training_step.build_trainer(args, torch.device("cpu"), 1, world)
+    trainer = training_step.build_trainer(args, device, 1, world)
     trainer.netG.train()
     trainer.netD.train()
     if world > 1:
         trainer.sent = []
         trainer.ddpD.register_comm_hook(None, lambda _, bucket: (
             trainer.sent.append(bucket.buffer().numel()), allreduce_hook(None, bucket))[1])
-    generator = torch.Generator().manual_seed(rank)
-    lr, hr = (torch.rand(4, 3, side, side, generator=generator) for side in (4, 32))
+    shares = [torch.Generator().manual_seed(one) for one in ranks]
+    lr, hr = (torch.cat([torch.rand(4, 3, side, side, generator=share) for share in shares])
+              .to(device) for side in (4, 32))
     values = training_step.train_step(trainer, lr, hr, trainer.loss.targets(hr), True, True)
     return trainer, dict(zip(training_step.LOGGED, values.tolist()))
 
 
-def save_step(rank, folder, without):
+def save_step(rank, folder, without, device="cpu"):
     """The gradients of both networks, and how many of D's were exchanged."""
-    set_up_machine("cpu")
-    trainer, logged = step_of_rank(rank, 2, without)
+    device, _, _ = set_up_machine(device)
+    trainer, logged = step_of_ranks([rank], 2, without, device)
     torch.save({"netG": [p.grad for p in trainer.netG.parameters()],
                 "netD": [p.grad for p in trainer.netD.parameters()],
                 "logged": logged, "sent": sum(trainer.sent)}, Path(folder, f"{rank}.pt"))

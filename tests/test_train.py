@@ -734,6 +734,17 @@ def test_the_schedule_follows_another_batch_size(finished, tmp_path):
     assert rate[3] == pytest.approx(4e-4 * 0.05)
 
 
+def test_a_rate_that_goes_up_is_said(finished, tmp_path, capsys):
+    """The half cosine of 2 epochs has ended at a twentieth; that of 4 is then half way."""
+    shutil.copytree(finished, tmp_path / "run")
+    args = ["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs"]
+    train_identity.main([*args, "4"])
+    said = f"rate goes up from {4e-4 * 0.05:.2g} to {4e-4 * 0.525:.2g}"
+    assert said in capsys.readouterr().out
+    train_identity.main([*args, "4"])
+    assert "goes up" not in capsys.readouterr().out
+
+
 def test_an_average_may_begin_later(faces, tmp_path):
     train_identity.main(flags(faces, tmp_path, "--without", "ema", "stripe_filter"))
     last = checkpoints.read_run(tmp_path)["parts"]["netG"]
@@ -868,7 +879,7 @@ def test_gradients_are_the_mean_over_the_processes(without, tmp_path):
     without = "ratio_bound", *without
     ranks.on_two_ranks(ranks.save_step, str(tmp_path), without)
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    alone, logged = zip(*(ranks.step_of_rank(rank, 1, without) for rank in range(2)))
+    alone, logged = zip(*(ranks.step_of_ranks([rank], 1, without) for rank in range(2)))
     for name in ("netG", "netD"):
         local = [[p.grad for p in getattr(trainer, name).parameters()] for trainer in alone]
         for ours, a, b in zip(saved[1][name], *local):
