@@ -293,7 +293,9 @@ class TrainDatasetFromFolder(FaceFolder):
         if self.cached:
             for batch in indices:
                 crops = torch.stack([self.crop(index) for index in batch])
-                yield to_pairs(crops.to(device), self.factor)
+                if device.type == "cuda":  # from other memory a copy waits for the GPU
+                    crops = crops.pin_memory()
+                yield to_pairs(crops.to(device, non_blocking=True), self.factor)
             return
         loader = DataLoader(self, batch_sampler=indices, num_workers=min(8, os.cpu_count()),
                             pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)

@@ -263,8 +263,7 @@ def run_epoch(trainer, args, train_set, valid_set, progress, config, saver):
     gan = progress["epoch"] > args.pretrain_epochs
     validation = validate_epoch(trainer, gan, valid_set, rank, world)
     if world > 1:
-        dist.all_reduce(progress["history"])
-        progress["history"] /= world
+        run_folder.average_history(progress)
     saver.count_seconds()
     row = epoch_row(trainer, args, progress, validation)
     progress["rows"].append(row)

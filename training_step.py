@@ -6,6 +6,7 @@ the weights. `build_trainer` makes the networks, losses and optimisers that they
 
 import math
 from collections import defaultdict
+from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from loss_identity import (
 )
 from model import Discriminator, Generator, probability, remove_stripes_
 from support import checkpoints
-from support.cli import InputError
+from support.cli import InputError, log
 from support.machine import autocast, fast_precision, release_memory
 
 # What each step logs, in this order; nan where a step left a term out.
@@ -53,8 +54,8 @@ def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_wei
     computes. -> the LOGGED values, whose ratio is that of the adversarial to the pixel gradient,
     before trainer.max_ratio bounds it.
     """
-    loss, scale = trainer.loss, trainer.scaler.get_scale()
-    logged = {}
+    loss, logged = trainer.loss, {}
+    scale = trainer.scaler.scale(torch.ones((), device=lr.device))  # get_scale() waits for a GPU
     with trainer.autocast():
         # D's activations and the generator's do not fit into memory together
         sr_graph = trainer.ddpG(lr, trainer.checkpoint_chunk if with_gan else None)
@@ -98,23 +99,27 @@ def discriminator_step(trainer, sr, hr, logged, scale):
     """
     kind, grad_sr = trainer.loss.gan_loss, torch.zeros_like(sr)
     logged |= {name: sr.new_zeros(()) for name in ("adversarial", "loss_d", "score_d", "score_g")}
-    for real, fake in discriminator_batches(trainer.mixed_batches, hr, sr):
-        with trainer.autocast():
-            real_logits, fake_logits = trainer.ddpD(torch.cat([real, fake])).split(
-                [len(real), len(fake)])
-        loss_d = sr.new_zeros(())
-        if len(real):
-            part = len(real) / len(hr)
-            loss_d += real_loss(kind, real_logits) * part
-            logged["score_d"] += probability(real_logits.detach().float()).mean() * part
-        if len(fake):
-            part = len(fake) / len(sr)
-            adversarial = adversarial_loss(kind, fake_logits) * part
-            grad_sr += torch.autograd.grad(adversarial * scale, sr, retain_graph=True)[0]
-            loss_d += fake_loss(kind, fake_logits) * part
-            logged["adversarial"] += adversarial.detach()
-            logged["score_g"] += probability(fake_logits.detach().float()).mean() * part
-        (loss_d * scale).backward(inputs=trainer.parametersD)
+    passes = discriminator_batches(trainer.mixed_batches, hr, sr)
+    for number, (real, fake) in enumerate(passes, 1):
+        alone = trainer.ddpD is trainer.netD
+        # several processes exchange the gradients once, with those of the last pass
+        with nullcontext() if alone or number == len(passes) else trainer.ddpD.no_sync():
+            with trainer.autocast():
+                real_logits, fake_logits = trainer.ddpD(torch.cat([real, fake])).split(
+                    [len(real), len(fake)])
+            loss_d = sr.new_zeros(())
+            if len(real):
+                part = len(real) / len(hr)
+                loss_d += real_loss(kind, real_logits) * part
+                logged["score_d"] += probability(real_logits.detach().float()).mean() * part
+            if len(fake):
+                part = len(fake) / len(sr)
+                adversarial = adversarial_loss(kind, fake_logits) * part
+                grad_sr += torch.autograd.grad(adversarial * scale, sr, retain_graph=True)[0]
+                loss_d += fake_loss(kind, fake_logits) * part
+                logged["adversarial"] += adversarial.detach()
+                logged["score_g"] += probability(fake_logits.detach().float()).mean() * part
+            (loss_d * scale).backward(inputs=trainer.parametersD)
         logged["loss_d"] += loss_d.detach()
     return grad_sr * (trainer.loss.beta / scale)
 
@@ -154,11 +159,11 @@ def update_average(average, netG, updates, limit):
     random start for thousands of steps.
     """
     decay = min(limit, (1 + updates) / (10 + updates))
-    for mean, value in zip(average.state_dict().values(), netG.state_dict().values()):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
-            mean.copy_(value)
+    pairs = list(zip(average.state_dict().values(), netG.state_dict().values()))
+    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+    torch._foreach_lerp_(means, values, 1 - decay)  # a GPU gets one kernel, not one per tensor
+    for count, value in (pair for pair in pairs if not pair[0].is_floating_point()):
+        count.copy_(value)
 
 
 def batch_targets(trainer, keys, hr):
@@ -169,7 +174,10 @@ def batch_targets(trainer, keys, hr):
     finds the same bits.
     """
     cache, new = trainer.target_cache, [i for i, key in enumerate(keys) if key is None]
-    targets = dict(zip(new, split_targets(trainer.loss.targets(hr[new])))) if new else {}
+    targets = {}
+    if new:  # put together of slices: a list of indices would make a GPU wait
+        images = torch.cat([hr[i:i + 1] for i in new])
+        targets = dict(zip(new, split_targets(trainer.loss.targets(images))))
     for i, key in enumerate(keys):
         if key is not None:
             if key not in cache:
@@ -339,13 +347,21 @@ def build_optimizers(trainer, args, device, steps_per_epoch):
 
 
 def set_rates(trainer, args):
-    """Put the flags' learning rates where a restored optimiser or schedule had the saved run's."""
+    """Put the flags' learning rates where a restored optimiser or schedule had the saved run's.
+
+    Says so where the generator's goes up: a larger --num_epochs stretches the half cosine.
+    """
+    before = trainer.optimizerG.param_groups[0]["lr"]
     for optimizer, schedule, rate in ((trainer.optimizerG, trainer.scheduleG, args.lr),
                                       (trainer.optimizerD, trainer.scheduleD, args.lr_d)):
         schedule.base_lrs = [rate]
         factor = schedule.lr_lambdas[0](schedule.last_epoch)
         for group in optimizer.param_groups:
             group.update(initial_lr=rate, lr=rate * factor)
+    rate = trainer.optimizerG.param_groups[0]["lr"]
+    if rate > 1.01 * before:
+        log(f"the generator's rate goes up from {before:.2g} to {rate:.2g}, where the schedule of "
+            f"{args.num_epochs} epochs has it; --lr {before:.2g} --without cosine would hold it")
     beta1 = 0.9 if "slow_d" in args.without else BETA1_D
     for group in trainer.optimizerD.param_groups:
         group["betas"] = beta1, 0.999

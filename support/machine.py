@@ -15,10 +15,15 @@ DEVICES = ("auto", "cpu", "cuda")  # of every script's --device
 
 
 def choose_device(name):
-    """One of DEVICES -> torch.device; auto: CUDA where there is one. Raises InputError."""
+    """One of DEVICES -> torch.device; auto: CUDA where there is one. Raises InputError.
+
+    From here on fp32 means fp32: by default cuDNN's convolutions round to TF32, which has 10 bits.
+    """
     cuda = torch.cuda.is_available()
     if name == "cuda" and not cuda:
         raise InputError("--device cuda: no CUDA here; use --device cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     return torch.device("cuda" if cuda and name != "cpu" else "cpu")
 
 
@@ -31,8 +36,6 @@ def set_up_machine(name):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.allow_tf32 = True
     else:
         torch.set_flush_denormal(True)
     if world > 1 and not dist.is_initialized():

@@ -213,6 +213,17 @@ def catch_signals(world):
     return caught
 
 
+def average_history(progress):
+    """Put the mean over all processes into the steps of this epoch that are done.
+
+    All ranks then hold the same, so that the file has what each of them needs to go on; a mean of
+    equal rows leaves them as they are.
+    """
+    done = progress["history"][:progress["step"]]
+    dist.all_reduce(done)
+    done /= dist.get_world_size()
+
+
 class Saver:
     """Writes last.pt now and then and when a signal asks the run to stop; keeps the epoch's time.
 
@@ -233,16 +244,19 @@ class Saver:
         self.counted = now
 
     def save(self):
+        """Write last.pt; of several processes all take part, and rank 0 writes."""
         self.count_seconds()
         self.saved = self.counted
         self.progress["updates"] = self.trainer.updates
+        if self.world > 1 and self.progress["history"] is not None:
+            average_history(self.progress)
         if self.rank == 0:
             checkpoints.save_run(self.args.out_dir, self.parts, self.progress)
 
     def after_update(self):
         """Save if it is time to; stop if a signal came, in all processes at the same step."""
-        stop = self.stop_signal()
-        if stop or time.perf_counter() - self.saved > 60 * self.args.save_minutes:
+        stop, due = self.agree()
+        if stop or due:
             self.check()
             self.save()
         if stop:
@@ -253,16 +267,18 @@ class Saver:
                 dist.destroy_process_group()
             sys.exit(128 + stop)
 
-    def stop_signal(self):
-        """Number of the signal that a process caught, 0 if none."""
-        stop = torch.tensor(self.caught[0] if self.caught else 0)
+    def agree(self):
+        """(signal that any process caught or 0, whether any finds it time to save)."""
+        due = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        asked = [self.caught[0] if self.caught else 0, int(due)]
         if self.world > 1:
             # a GPU that waits for the others' answer stands still, so it asks now and then
             if self.progress["step"] % (8 if self.trainer.device.type == "cuda" else 1):
-                return 0
-            stop = stop.to(self.trainer.device)
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
-        return int(stop)
+                return 0, 0
+            asked = torch.tensor(asked, device=self.trainer.device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            asked = asked.tolist()
+        return asked
 
     def command(self):
         """What a person types before the script's name."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_ssim
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -78,12 +79,30 @@ def test_psnr_y(pairs):
 
 
 def test_ssim(pairs):
+    """In float64, against numpy; in float32, which the networks give, against numpy on the same."""
     sr, hr = pairs
-    actual = evaluate.ssim(as_tensors(sr), as_tensors(hr))
     expected = [ssim_by_hand(a, b) for a, b in zip(sr, hr)]
     assert expected[0] > 0.9 > expected[1]
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
-    np.testing.assert_allclose(evaluate.ssim(as_tensors(hr), as_tensors(hr)), [1, 1], atol=1e-6)
+    exact = [torch.tensor(x).permute(0, 3, 1, 2) for x in (sr, hr)]
+    np.testing.assert_allclose(evaluate.ssim(*exact), expected, rtol=0, atol=1e-12)
+    sr, hr = (x.astype(np.float32) for x in (sr, hr))
+    expected = [ssim_by_hand(a.astype(float), b.astype(float)) for a, b in zip(sr, hr)]
+    actual = evaluate.ssim(as_tensors(sr), as_tensors(hr).contiguous())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(evaluate.ssim(as_tensors(hr), as_tensors(hr)), [1, 1], atol=1e-12)
+
+
+def test_ssim_is_that_of_the_reports_package(pairs):
+    """pytorch-ssim 0.1, in float32; it halves its window with Python 2's `/`, which floored."""
+    class Floored(int):
+        def __truediv__(self, other):
+            return int(self) // other
+
+    sr, hr = (as_tensors(x) for x in pairs)
+    size = Floored(11)
+    window = pytorch_ssim.create_window(size, channel=3)
+    expected = pytorch_ssim._ssim(sr, hr, window, size, 3, size_average=False)
+    np.testing.assert_allclose(evaluate.ssim(sr, hr), expected, rtol=0, atol=1e-5)
 
 
 def test_ssim_runs_where_the_images_are():

@@ -19,6 +19,7 @@ from copy import deepcopy
 import numpy as np
 import pandas as pd
 import pytest
+import ranks
 import torch
 from conftest import ROOT, TinyFaces
 
@@ -601,8 +602,7 @@ def test_a_signal_to_the_loaders_processes_is_the_runs_business():
 
 def test_killed_at_twenty_random_moments(faces, finished, tmp_path):
     """kill -9, again and again, while last.pt is written after every step: nothing is lost."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
+    context = ranks.forkserver()
     rng, folder, argv, kills = random.Random(0), tmp_path / "run", None, 0
     started = time.monotonic()
     while kills < 20:
@@ -734,6 +734,17 @@ def test_the_schedule_follows_another_batch_size(finished, tmp_path):
     assert rate[3] == pytest.approx(4e-4 * 0.05)
 
 
+def test_a_rate_that_goes_up_is_said(finished, tmp_path, capsys):
+    """The half cosine of 2 epochs has ended at a twentieth; that of 4 is then half way."""
+    shutil.copytree(finished, tmp_path / "run")
+    args = ["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs"]
+    train_identity.main([*args, "4"])
+    said = f"rate goes up from {4e-4 * 0.05:.2g} to {4e-4 * 0.525:.2g}"
+    assert said in capsys.readouterr().out
+    train_identity.main([*args, "4"])
+    assert "goes up" not in capsys.readouterr().out
+
+
 def test_an_average_may_begin_later(faces, tmp_path):
     train_identity.main(flags(faces, tmp_path, "--without", "ema", "stripe_filter"))
     last = checkpoints.read_run(tmp_path)["parts"]["netG"]
@@ -860,6 +871,38 @@ def test_two_processes_learn_what_one_learns(faces, tmp_path, monkeypatch):
     columns = ["Loss_D", "Loss_G", "Score_D", "Score_G", "PSNR", "SSIM", "Cosine", "Pixel",
                "Identity", "D_accuracy"]
     pd.testing.assert_frame_equal(a[columns], b[columns], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("without", [(), ("mixed_batches",)])
+def test_gradients_are_the_mean_over_the_processes(without, tmp_path):
+    """Each has images of its own; D's gradients, of two passes, are exchanged once."""
+    without = "ratio_bound", *without
+    ranks.on_two_ranks(ranks.save_step, str(tmp_path), without)
+    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone, logged = zip(*(ranks.step_of_ranks([rank], 1, without) for rank in range(2)))
+    for name in ("netG", "netD"):
+        local = [[p.grad for p in getattr(trainer, name).parameters()] for trainer in alone]
+        for ours, a, b in zip(saved[1][name], *local):
+            mean, tolerance = (a + b) / 2, 1e-3 * (a - b).abs().max().item() + 1e-9
+            torch.testing.assert_close(ours, mean, rtol=1e-4, atol=tolerance)
+        assert all(map(torch.equal, saved[0][name], saved[1][name]))
+    assert saved[0]["sent"] == sum(p.numel() for p in alone[0].netD.parameters())
+    # one ratio for all: of sums of squares, and the pixel gradient's is the pixel loss's multiple
+    squares = sum(one["ratio"] ** 2 * one["pixel"] for one in logged)
+    ratio = math.sqrt(squares / sum(one["pixel"] for one in logged))
+    assert [s["logged"]["ratio"] for s in saved] == pytest.approx([ratio, ratio], rel=1e-4)
+
+
+def test_two_processes_that_are_stopped_go_on_exactly(faces, tmp_path):
+    """The row of an epoch is the mean over both, also of the steps before the stop."""
+    ranks.on_two_ranks(ranks.train_whole_and_stopped, flags(faces, "x"), str(tmp_path))
+    whole, stopped = (pd.read_csv(tmp_path / name / "train_results.csv").drop(columns="Seconds")
+                      for name in ("whole", "stopped"))
+    pd.testing.assert_frame_equal(stopped, whole, rtol=1e-6)
+    for network in ("netG", "netD"):
+        a, b = (torch.load(tmp_path / name / f"{network}_epoch_2_2.pth")
+                for name in ("whole", "stopped"))
+        assert_same_bits(a, b)
 
 
 def test_a_rank_that_dies_ends_the_job(faces, tmp_path):
