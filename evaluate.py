@@ -27,10 +27,12 @@ from support import checkpoints, figures
 from support.cli import (
     HelpFormatter,
     InputError,
+    check_out_dir,
     markdown_table,
     not_negative,
     positive,
     run_script,
+    weight,
 )
 from support.figures import to_image
 from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
@@ -416,7 +418,7 @@ def parse(argv=None):
     add("--blend", action="append", default=[], metavar="B.pth:0.3",
         help="also 0.7 of the first checkpoint's weights and 0.3 of B's; may be repeated")
     add("--data_dir", default=VALID_DIR, help="folder of photographs")
-    add("--crop_size", type=int, default=128, help="HR size in px; 0: whole frames")
+    add("--crop_size", type=not_negative, default=128, help="HR size in px; 0: whole frames")
     add = parser.add_argument_group("how").add_argument
     add("--face_weights", default="vggface2",
         help="embedder of the cosine: vggface2, casia-webface, random, or a state dict's path")
@@ -427,7 +429,7 @@ def parse(argv=None):
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     add("--precision", choices=("auto", *PRECISIONS), default="fp32",
         help="of the networks' arithmetic, but for judges; auto: as training has it, and faster")
-    add("--cache_gb", type=float, default=4.0, help="GiB of decoded pictures to hold in memory")
+    add("--cache_gb", type=weight, default=4.0, help="GiB of decoded pictures to hold in memory")
     add("--seed", type=not_negative, default=0, help="of the bootstrap")
     add("--out_dir", default="results", help="folder of the tables and the picture")
     return parser.parse_args(argv)
@@ -436,6 +438,9 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     device, folder = choose_device(args.device), Path(args.out_dir)
+    check_out_dir(args.out_dir, data_dir=args.data_dir)
+    if (folder / "comparison.png").exists() and not (folder / "per_image.csv").exists():
+        raise InputError(f"{folder}/comparison.png is not of this script; choose another --out_dir")
     models, factor = load_models(args, device)
     dataset = ValidDatasetFromFolder(args.data_dir, args.crop_size, factor, args.cache_gb,
                                      "--data_dir")
