@@ -57,7 +57,7 @@ def check_unchanged(folder, wanted, data):
     then = run_folder.stored_flags(config["flags"], wanted, folder / "config.json")
     changed = run_folder.changed_flags(
         then, run_folder.run_flags(wanted), (run_folder.MACHINE_FLAGS | {"start"}) - {"precision"})
-    if config.get("start") != (wanted.start and run_folder.file_digest(wanted.start)):
+    if config.get("start") != (wanted.start and checkpoints.file_digest(wanted.start)):
         changed.append("the generator that it starts from")
     if config.get("data") != data:
         changed.append("the photographs")

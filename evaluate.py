@@ -9,7 +9,6 @@ training never saw, 95 % bootstrap intervals, and paired differences between mod
 
 import argparse
 import math
-import os
 import zipfile
 from contextlib import nullcontext
 from itertools import combinations
@@ -28,11 +27,13 @@ from support import checkpoints, figures
 from support.cli import (
     HelpFormatter,
     InputError,
+    check_out_dir,
     markdown_table,
     not_negative,
     positive,
     positive_number,
     run_script,
+    weight,
 )
 from support.figures import to_image
 from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
@@ -40,6 +41,7 @@ from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_p
 RESAMPLES = 10_000
 BATCH = 20  # images at a time
 EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's
+SCRIPTED = "constants.pkl"  # in TorchScript's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -96,13 +98,15 @@ def recognition(probes, gallery):
     n * n pairs the verification AUC and the TAR at a FAR of 1 %; all in [0, 1].
     """
     probes, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (probes, gallery))
-    similarity = probes @ gallery.T
-    genuine = np.diag(similarity)
+    similarity = probes @ gallery.T  # nan where an embedding is all zeros:
+    genuine = np.nan_to_num(np.diag(similarity), nan=-2)  # such a face is like nobody,
+    similarity = np.nan_to_num(similarity, nan=2)         # and in the way of everybody
     # gallery faces before the right one; a tie is no identification
-    rank = (similarity >= genuine[:, None]).sum(1) - 1
+    rank = (similarity >= genuine[:, None]).sum(1) - (genuine > -2)
     impostors = np.sort(similarity[~np.eye(len(similarity), dtype=bool)])
     if not len(impostors):  # of a single face nothing can be verified
-        return {"rank1": 1.0, "rank5": 1.0, "auc": np.nan, "tar_at_far_1": np.nan}
+        return {"rank1": (rank < 1).mean(), "rank5": (rank < 5).mean(), "auc": np.nan,
+                "tar_at_far_1": np.nan}
     below = np.searchsorted(impostors, genuine, "left")
     equal = np.searchsorted(impostors, genuine, "right") - below
     # accept what exceeds the threshold: at most 1 % of the impostor pairs do
@@ -182,25 +186,17 @@ def validate(netG, discriminate, dataset, face_network, hr_embedding_cache, devi
 def load_judge(name):
     """A face network that training never saw, as images (N, 3, H, W) in [0, 1] -> (N, D).
 
-    `name`: casia-webface, or a TorchScript or torch.export file that maps (N, 3, 160, 160) in
-    [-1, 1] to embeddings. Raises InputError if it cannot be loaded or does not do that.
+    `name`: casia-webface, or a TorchScript file that maps (N, 3, 160, 160) in [-1, 1] to
+    embeddings. Such a file is code, which the user trusts. Raises InputError if it cannot be
+    loaded or does not do that.
     """
     if name in ("casia-webface", "vggface2", "random"):
         network = load_face_network(name)
     elif not Path(name).is_file():
         raise InputError(f"--judge {name}: no such file; give casia-webface or the path of a "
-                         "TorchScript or torch.export file")
+                         "TorchScript file")
     else:
-        # torch.export unpickles what it finds in a file, unless told not to
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-        try:
-            with zipfile.ZipFile(name) as archive:
-                exported = any(Path(entry).name in EXPORTED for entry in archive.namelist())
-            network = (torch.export.load(name).module() if exported else
-                       torch.jit.load(name, map_location="cpu").eval())
-        except Exception:  # both loaders raise what they like
-            raise InputError(f"--judge {name}: neither a TorchScript nor a torch.export "
-                             "file") from None
+        network = load_script(name)
     for n in (1, 3):  # a network with a fixed batch size fails here, not on the last batch
         try:
             with torch.no_grad():
@@ -214,19 +210,49 @@ def load_judge(name):
     return network
 
 
+def load_script(path):
+    """A TorchScript file -> the network in eval mode. Raises InputError naming --judge."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = {Path(entry).name for entry in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        inside = set()
+    if inside & EXPORTED or Path(path).suffix == ".pt2":
+        # torch.export.load unpickles and opens libraries that lie in the archive
+        raise InputError(f"--judge {path}: a torch.export archive, which can run any program when "
+                         "it is opened; save the network with torch.jit.save instead")
+    try:
+        if SCRIPTED not in inside:
+            raise ValueError("no TorchScript")
+        network = torch.jit.load(path, map_location="cpu").eval()
+    except Exception:  # the loader raises what it likes
+        raise InputError(f"--judge {path}: not a TorchScript file that can be loaded") from None
+    network.label = path
+    return network
+
+
+def check_finite(values, what):
+    """Raise InputError if a tensor holds NaN or infinite values: any score of them would lie."""
+    if not values.isfinite().all():
+        raise InputError(f"{what} hold NaN or infinite values; take another network")
+
+
 @torch.no_grad()
 def measure(models, dataset, embedders, batch_size, device, context=nullcontext):
     """Every model on every image -> (per-image table, {(model, embedder): (n, D) array}).
 
     models: {name: function of (LR, bicubic, HR) -> SR}; embedders: {name: network}, the training
     embedder first, under the name "cosine", then judges. context: what models and training
-    embedder run in, see `machine.autocast`; a judge may not bear it.
+    embedder run in, see `machine.autocast`; a judge may not bear it. Raises InputError naming the
+    network that gave a number which is not finite.
     """
     def embeddings(images):
         found = {}
         for name, network in embedders.items():
             with context() if name == "cosine" else nullcontext():
                 found[name] = embed(network, images)
+            flag = "--face_weights" if name == "cosine" else "--judge"
+            check_finite(found[name], f"{flag} {getattr(network, 'label', name)}: its embeddings")
         return found
 
     rows, vectors = [], {(m, e): [] for m in models for e in embedders}
@@ -238,6 +264,7 @@ def measure(models, dataset, embedders, batch_size, device, context=nullcontext)
         for name, model in models.items():
             with context():
                 sr = model(lr, restored, hr).float()
+            check_finite(sr, f"{name}: its pictures")
             of_sr = of_hr if sr is hr else embeddings(sr)
             columns = {"psnr_y": psnr_y(sr, hr), "ssim": ssim(sr, hr)}
             for e in embedders:
@@ -253,18 +280,27 @@ def measure(models, dataset, embedders, batch_size, device, context=nullcontext)
     return table, {key: np.concatenate(value) for key, value in vectors.items()}
 
 
+def restored_exactly(per_image):
+    """Names of the images whose PSNR-Y is infinite for a model, as a flat picture's is."""
+    infinite = np.isinf(per_image["psnr_y"]) & (per_image["model"] != "HR")
+    return list(per_image["image"][infinite].unique())
+
+
 def summarise(per_image, vectors, seed):
     """One row per model: means with their 95 % intervals, the pooled PSNR-Y, recognition.
 
-    Pooled is the report's way: the PSNR of the mean squared error over all images.
+    Pooled is the report's way: the PSNR of the mean squared error over all images. The mean PSNR-Y
+    leaves out what a model restored exactly, for every model.
     """
+    exact = restored_exactly(per_image)
     metrics = [c for c in per_image.columns if c not in ("model", "image")]
     rows = []
     for name, table in per_image.groupby("model", sort=False):
         row = {"model": name, "n": len(table)}
         for metric in metrics:
-            values = table[metric].to_numpy()
-            mean = values.mean()  # infinite for the PSNR of HR with itself
+            left_out = exact if metric == "psnr_y" else []
+            values = table[metric][~table["image"].isin(left_out)].to_numpy()
+            mean = values.mean() if len(values) else np.nan  # HR's PSNR with itself is infinite
             low, high = bootstrap(values, seed) if np.isfinite(mean) else (mean, mean)
             row |= {metric: mean, f"{metric}_low": low, f"{metric}_high": high}
         mse = np.mean(10 ** (-table["psnr_y"] / 10))
@@ -281,14 +317,17 @@ def differences(per_image, seed):
     """Every pair of models, metric by metric: the mean paired difference with its interval."""
     metrics = [c for c in per_image.columns if c not in ("model", "image")]
     names = [m for m in per_image["model"].unique() if m != "HR"]
+    exact = restored_exactly(per_image)
     rows = []
     for a, b in combinations(names, 2):
         of_a, of_b = (per_image[per_image["model"] == m].set_index("image") for m in (a, b))
         for metric in metrics:
-            values = (of_b[metric] - of_a[metric]).to_numpy()
-            low, high = bootstrap(values, seed)
-            rows.append({"model": b, "minus": a, "metric": metric, "difference": values.mean(),
-                         "low": low, "high": high, "larger_than_chance": low > 0 or high < 0})
+            left_out = exact if metric == "psnr_y" else []
+            values = (of_b[metric] - of_a[metric]).drop(left_out).to_numpy()
+            mean = values.mean() if len(values) else np.nan
+            low, high = bootstrap(values, seed) if np.isfinite(mean) else (np.nan, np.nan)
+            rows.append({"model": b, "minus": a, "metric": metric, "difference": mean, "low": low,
+                         "high": high, "larger_than_chance": bool(low > 0 or high < 0)})
     return pd.DataFrame(rows)
 
 
@@ -352,7 +391,7 @@ def load_embedders(face_weights, judges):
     labels = {"cosine": f"InceptionResnetV1 {embedders['cosine'].label}"}
     for judge in judges:
         name = f"cosine_{Path(judge).stem}"
-        if name in embedders:
+        if name in embedders or name.endswith(("_low", "_high")):  # the names of intervals
             name = f"cosine_{judge}"
         embedders[name] = load_judge(judge)
         labels[name] = getattr(embedders[name], "label", judge)
@@ -403,13 +442,13 @@ def parse(argv=None):
     add("--face_weights", default="vggface2",
         help="embedder of the cosine: vggface2, casia-webface, random, or a state dict's path")
     add("--judge", action="append", default=[], metavar="NAME|PATH",
-        help="a further face network: casia-webface, or a TorchScript or torch.export file; may "
-             "be repeated")
+        help="a further face network: casia-webface, or a TorchScript file, which is code that "
+             "you must trust; may be repeated")
     add("--batch_size", type=positive, default=BATCH, help="images per batch")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     add("--precision", choices=("auto", *PRECISIONS), default="fp32",
         help="of the networks' arithmetic, but for judges; auto: as training has it, and faster")
-    add("--cache_gb", type=float, default=4.0, help="GiB of decoded pictures to hold in memory")
+    add("--cache_gb", type=weight, default=4.0, help="GiB of decoded pictures to hold in memory")
     add("--seed", type=not_negative, default=0, help="of the bootstrap")
     add("--out_dir", default="results", help="folder of the tables and the picture")
     return parser.parse_args(argv)
@@ -475,6 +514,10 @@ def verdict(pair):
 def main(argv=None):
     args = parse(argv)
     device, folder = choose_device(args.device), Path(args.out_dir)
+    check_out_dir(args.out_dir, data_dir=args.data_dir)
+    strangers = [*folder.glob("comparison_*.png"), *folder.glob("sweep.png")]
+    if strangers and not (folder / "per_image.csv").exists():
+        raise InputError(f"{strangers[0]} is not of this script; choose another --out_dir")
     models, factor = load_models(args, device)
     dataset = load_dataset(args, factor)
     embedders, labels = load_embedders(args.face_weights, args.judge)
@@ -488,6 +531,9 @@ def main(argv=None):
     for crop_size in args.crop_size:
         name, framing = framing_name(crop_size), dataset.framed(crop_size)
         per_image, vectors = measure(models, framing, embedders, args.batch_size, device, context)
+        if exact := restored_exactly(per_image):
+            print(f"{name}: left out of PSNR-Y, being restored without any error by a model: "
+                  f"{', '.join(exact)}")
         summary = summarise(per_image, vectors, args.seed).assign(
             networks="; ".join(labels.values()))
         tables[name] = per_image, summary, differences(per_image, args.seed)

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from support.checkpoints import read_state
+from support.checkpoints import all_finite, read_state
 from support.cli import InputError
 
 # The report's weightings (alpha, beta, gamma) of its "Results Summary".
@@ -189,6 +189,8 @@ def _fill(network, state, source, what):
         network.load_state_dict(state)  # copies into fp32, whatever the file holds
     except RuntimeError:
         raise InputError(f"{source}: does not hold {what}") from None
+    if not all_finite(network):
+        raise InputError(f"{source}: holds NaN or infinite weights; take another copy")
 
 
 # ---------------------------------------------------------------------------------------------

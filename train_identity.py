@@ -23,7 +23,7 @@ import evaluate
 from data_utils import CROPS, TRAIN_DIR, VALID_DIR, epoch_order, load_data
 from loss_identity import PRESETS
 from support import checkpoints, figures, run_folder
-from support.cli import HelpFormatter, InputError, log, not_negative, positive, run_script
+from support.cli import HelpFormatter, InputError, log, not_negative, positive, run_script, weight
 from support.machine import DEVICES, PRECISIONS, keep_freed_memory, set_up_machine
 from support.portraits import synthetic_portraits
 from training_step import (
@@ -223,7 +223,8 @@ def train(args):
         parts["average"] = trainer.average
     progress = run_folder.new_progress(args, train_set, valid_set)
     if state:
-        progress = run_folder.resume(state, args, progress, trainer, parts, steps_per_epoch)
+        progress = run_folder.resume(state, args, progress, trainer, parts,
+                                     (steps_per_epoch, len(LOGGED)))
         set_rates(trainer, args)
     config = run_folder.describe(args, trainer, progress, train_set, valid_set, device, world)
     log(f"{len(train_set)} training and {len(valid_set)} validation images; {world} process(es) on "
@@ -243,9 +244,7 @@ def train(args):
     if progress["epoch"] > args.num_epochs:
         log(f"{args.out_dir}: {progress['epoch'] - 1} epochs are done; a larger --num_epochs goes "
             "on")
-    elif rank == 0:
-        if not state:
-            run_folder.delete_old_run(args)
+    elif rank == 0 and not saver.replaces:
         checkpoints.save_json(config, Path(args.out_dir, "config.json"))
     while progress["epoch"] <= args.num_epochs:
         run_epoch(trainer, args, train_set, valid_set, progress, config, saver)
@@ -260,6 +259,8 @@ def run_epoch(trainer, args, train_set, valid_set, progress, config, saver):
     """Train, validate, note and save one epoch."""
     rank, world = saver.rank, saver.world
     train_epoch(trainer, args, train_set, progress, rank, world, saver.after_update)
+    if saver.replaces:
+        saver.save()  # before any other file: an old run goes when the new one can be resumed
     gan = progress["epoch"] > args.pretrain_epochs
     validation = validate_epoch(trainer, gan, valid_set, rank, world)
     if world > 1:
@@ -270,6 +271,9 @@ def run_epoch(trainer, args, train_set, valid_set, progress, config, saver):
     progress.update(epoch=progress["epoch"] + 1, step=0, history=None, seconds=0.0)
     if rank == 0:
         log(summary_line(row, args))
+        if row["PSNR"] < 12:
+            log(f"warning: epoch {row['Epoch']}: {row['PSNR']:.2f} dB is no picture of a face; "
+                "look at samples/, then try a lower --lr")
         warning = dead_discriminator(row, args)
         if warning and not any(dead_discriminator(r, args) for r in progress["rows"][-2:-1]):
             log(warning)
@@ -312,9 +316,9 @@ def add_flags(parser):
     add = parser.add_argument_group("loss (L_pixel + alpha L_content + beta L_GAN + "
                                     "gamma L_identity)").add_argument
     add("--preset", choices=tuple(PRESETS), help="the report's weightings (default: identity)")
-    add("--alpha", type=float, help="weight of the content loss")
-    add("--beta", type=float, help="weight of the adversarial loss")
-    add("--gamma", type=float, help="weight of the identity loss")
+    add("--alpha", type=weight, help="weight of the content loss")
+    add("--beta", type=weight, help="weight of the adversarial loss")
+    add("--gamma", type=weight, help="weight of the identity loss")
 
     add = parser.add_argument_group("recipe").add_argument
     add("--num_epochs", type=positive, default=100, help="epochs in all")
@@ -322,11 +326,11 @@ def add_flags(parser):
     add("--without", nargs="*", choices=tuple(DEPARTURES), metavar="NAME",
         help="undo departures from the report, which are listed below")
     add("--start", help="generator checkpoint to start from instead of a random one")
-    add("--pretrain_epochs", type=int,
+    add("--pretrain_epochs", type=not_negative,
         help="the first epochs, with the pixel loss alone (default: three quarters)")
     add("--batch_size", type=positive, help="images per update, over all processes")
-    add("--lr", type=float, help="Adam's learning rate of the generator")
-    add("--lr_d", type=float, help="and of the discriminator")
+    add("--lr", type=weight, help="Adam's learning rate of the generator")
+    add("--lr_d", type=weight, help="and of the discriminator")
     add("--crop_size", type=positive, default=128, help="HR size in px")
     add("--upscale_factor", type=int, choices=(2, 4, 8), default=8, help="HR size / LR size")
     add("--crop", choices=CROPS,
@@ -340,7 +344,7 @@ def add_flags(parser):
     add("--overwrite", action="store_true", help="replace the run in --out_dir")
     add("--config", help="config.json of a run to repeat; other flags override it")
     add("--save_every", type=positive, default=10, help="epochs between netG/netD checkpoints")
-    add("--save_minutes", type=float, default=10, help="minutes between writes of last.pt")
+    add("--save_minutes", type=weight, default=10, help="minutes between writes of last.pt")
     add("--demo", action="store_true",
         help="a two-minute run on synthetic portraits with random frozen networks")
 
@@ -349,7 +353,7 @@ def add_flags(parser):
     add("--precision", choices=("auto", *PRECISIONS),
         help="of the networks' arithmetic; auto: bf16 on CUDA (fp16 where that is missing) and on "
              "a CPU that is faster with it, else fp32")
-    add("--cache_gb", type=float, default=4.0,
+    add("--cache_gb", type=weight, default=4.0,
         help="GiB of decoded pictures to hold in memory (more are decoded by worker processes), "
              "and of HR's targets (more are computed in each step)")
     add("--vgg_weights", default="imagenet", help="imagenet, random, or a state dict's path")
@@ -372,13 +376,7 @@ def parse(argv=None):
     weights = {name: dict(zip(("alpha", "beta", "gamma"), PRESETS[name])) for name in PRESETS}
     parser.set_defaults(**DEFAULTS, **weights["identity"])
     first, _ = parser.parse_known_args(argv)
-    stored = {"without": []}
-    if first.resume:
-        stored = run_folder.stored_flags(
-            checkpoints.read_run(first.out_dir)["progress"]["flags"], first, first.out_dir)
-    elif first.config:
-        stored = run_folder.stored_flags(
-            checkpoints.read_config(first.config)["flags"], first, first.config)
+    stored = run_folder.load_flags(parser, first)
     parser.set_defaults(**stored)
     # what is given now wins over what a stored run had
     without = {"report": [*DEPARTURES], "ours": []}.get(first.recipe, first.without)
@@ -388,9 +386,6 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if without is not None:
         args.without = [name for name in DEPARTURES if name in without]
-    for name in ("lr", "lr_d", "alpha", "beta", "gamma"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name} {getattr(args, name)}: must be a finite number from 0 up")
     if args.pretrain_epochs is None:
         # a GAN epoch takes three times as long as a pixel epoch: each phase gets half of the time
         args.pretrain_epochs = args.num_epochs * 3 // 4
@@ -412,7 +407,8 @@ def main(argv=None):
     if args.demo:
         demo(args)
     else:
-        train(args)
+        with run_folder.lock(args):
+            train(args)
 
 
 if __name__ == "__main__":

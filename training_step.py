@@ -253,9 +253,13 @@ def check_finite(history, epoch, scaled=False):
 
 
 def check_weights(trainer, progress):
-    """Raise InputError if the last update made a weight infinite or nan: it must not be saved."""
-    for name, network in (("generator", trainer.netG), ("discriminator", trainer.netD)):
-        if not torch.stack([p.isfinite().all() for p in network.parameters()]).all():
+    """Raise InputError if the last update made a weight infinite or nan: it must not be saved.
+
+    BatchNorm's statistics count as weights.
+    """
+    for name, network in (("generator", trainer.netG), ("discriminator", trainer.netD),
+                          ("generator's average", trainer.average)):
+        if not checkpoints.all_finite(network):
             raise InputError(f"epoch {progress['epoch']}, step {progress['step']}: its update made "
                              f"weights of the {name} that are not finite; {NOT_FINITE}")
 

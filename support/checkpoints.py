@@ -2,12 +2,15 @@
 
 Every file is written under a temporary name beside its place, flushed to disk and moved there, so
 that a reader (or a run that is resumed) finds the old file or the new one, never half of one.
-Checkpoints are untrusted input: PyTorch's `weights_only` loader, then checks of our own.
+Checkpoints are untrusted input: a look at the archive, PyTorch's `weights_only` loader, then
+checks of our own.
 """
 
+import hashlib
 import json
 import os
 import re
+import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,7 +33,8 @@ def replacing(path):
     InputError when the disk refuses (full, read-only, no permission); `path` is then untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # 50 characters of the name: with all of them, the temporary one may be too long
+    temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -53,6 +57,17 @@ def replacing(path):
             temporary.unlink()
 
 
+def remove_leftovers(folder, stems):
+    """Delete the temporary files of `replacing` that a killed process left in a folder.
+
+    stems: a regular expression; only files that would have become one of these are ours.
+    """
+    for path in Path(folder).glob(".*.tmp.*"):
+        name = re.fullmatch(r"\.(.+)\.\d+\.tmp\.\w+", path.name)
+        if name and re.fullmatch(stems, name[1]):
+            path.unlink(missing_ok=True)
+
+
 def save_torch(value, path):
     """torch.save(value), atomically."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -62,7 +77,7 @@ def save_torch(value, path):
 def save_text(text, path):
     """UTF-8 text, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_json(value, path):
@@ -73,7 +88,7 @@ def save_json(value, path):
 def save_csv(table, path):
     """A pandas table as CSV without its index, atomically."""
     with replacing(path) as temporary:
-        table.to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False, errors="backslashreplace")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,14 +135,36 @@ def read_torch(path):
     pickled = False
     try:
         with open(path, "rb") as file:
-            pickled = file.read(1) in (b"P", b"\x80")  # torch's zip, or a bare pickle
+            start = file.read(2)
+        pickled = start == b"PK" or start[:1] == b"\x80"  # torch's zip, or a bare pickle
+        if start == b"PK":
+            check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # damaged and hostile files raise anything
         if pickled and "weights_only" in str(error):
             reason = "holds objects other than tensors, which could run code, and is not loaded"
         else:
             reason = "truncated, damaged or not a checkpoint"
         raise InputError(f"{path}: {reason}") from None
+
+
+def check_archive(path):
+    """Raise InputError if a zip is no plain one of torch.save, or was altered since.
+
+    torch.load looks at no checksum, and unpacks whatever a record claims to hold.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if (any(member.compress_type != zipfile.ZIP_STORED for member in members)
+                or sum(member.file_size for member in members) > path.stat().st_size):
+            raise InputError(f"{path}: holds packed or overlapping records, which torch.save never "
+                             "writes, and is not loaded")
+        damaged = archive.testzip()
+    if damaged:
+        raise InputError(f"{path}: damaged, the checksum of its record {damaged} does not fit; "
+                         "take another copy")
 
 
 def read_state(path):
@@ -153,18 +190,40 @@ def _load_into(network, state, path):
     return network.eval()
 
 
+def all_finite(network):
+    """Whether no weight and no BatchNorm statistic of a network is NaN or infinite."""
+    return bool(torch.stack([x.isfinite().all() for x in network.state_dict().values()]).all())
+
+
 def load_generator(path):
     """A Generator in eval mode from a state dict of ours or of the public code base.
 
     The upscale factor is read from the file (`.scale_factor`). Raises InputError naming the file:
-    missing, truncated, hostile, another network, NaN.
+    missing, truncated, hostile, another network, NaN, or not the one that SHA256SUMS tells of.
     """
+    check_digest(path)
     state = from_public_layout(read_state(path))
     n_upsample = len({k for k in state if re.fullmatch(r"upsample\.\d+\.conv\.weight", k)})
     if not 1 <= n_upsample <= 6:
         raise InputError(f"{path}: not a checkpoint of the report's Generator "
                          f"({n_upsample} sub-pixel blocks)")
     return _load_into(Generator(2 ** n_upsample), state, path)
+
+
+def file_digest(path):
+    """SHA-256 of a file's bytes, hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def check_digest(path):
+    """Raise InputError if a SHA256SUMS beside the file has another digest for it."""
+    path, sums = Path(path), Path(path).with_name("SHA256SUMS")
+    if path.is_file() and sums.is_file():
+        lines = [line.split() for line in sums.read_text(errors="replace").splitlines()]
+        known = {line[1]: line[0] for line in lines if len(line) == 2}
+        if known.get(path.name, digest := file_digest(path)) != digest:
+            raise InputError(f"{path}: not the file that was shipped, by the digest in {sums}; "
+                             "take it from the repository again")
 
 
 def shipped_generator():
@@ -233,33 +292,57 @@ def save_run(folder, parts, progress):
 def read_run(folder):
     """`last.pt` as `save_run` wrote it. Raises InputError if the folder has none that is whole."""
     path = Path(folder, "last.pt")
+    if not path.parent.is_dir():
+        raise InputError(f"--out_dir {folder}: no such folder; give the folder of the run to go on")
     if not path.is_file():
         raise InputError(f"{path}: nothing to resume; start the run without --resume")
     state = read_torch(path)
-    if not isinstance(state, dict) or not {"parts", "progress", "cpu_rng"} <= state.keys():
+    if (not isinstance(state, dict) or not {"parts", "progress", "cpu_rng"} <= state.keys()
+            or not isinstance(state["parts"], dict) or not isinstance(state["progress"], dict)):
         raise InputError(f"{path}: not a training state that train_identity.py wrote")
     return state
 
 
 def restore_run(state, parts, path):
-    """Put `read_run`'s state back into `parts` and the random generators."""
+    """Put `read_run`'s state back into `parts` and the random generators.
+
+    Raises InputError naming `path` and the part that does not fit.
+    """
+    name = "the list of parts"
     try:
         for name, part in parts.items():
-            if state["parts"][name]:  # a GradScaler has no state where it is not used
+            # a GradScaler has no state where it is not used, older versions no schedule of D
+            if state["parts"][name] or name not in ("scaler", "scheduleD"):
                 part.load_state_dict(state["parts"][name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: does not fit these networks "
-                         f"({str(error).splitlines()[0]})") from None
-    torch.set_rng_state(state["cpu_rng"])
-    if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+                check_restored(part)
+        name = "the random generators"
+        torch.set_rng_state(state["cpu_rng"])
+        if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+    except Exception as error:  # what a damaged state raises is not ours to list
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: {name} does not fit this run ({reason}); put back a last.pt of "
+                         "it, or begin a new run in another --out_dir") from None
+
+
+def check_restored(part):
+    """Raise ValueError for what PyTorch lets into a network, optimiser or schedule unseen."""
+    if isinstance(part, torch.nn.Module) and not all_finite(part):
+        raise ValueError("NaN or infinite weights")
+    if not isinstance(getattr(part, "last_epoch", 0), int):
+        raise ValueError("the step of a schedule is no whole number")
+    for parameter, kept in getattr(part, "state", {}).items():
+        if any(kept[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
+            raise ValueError("the averages of Adam have other shapes than the weights")
 
 
 def read_config(path):
     """A run's config.json. Raises InputError naming the file where it is not one."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such config.json of a run")
     try:
-        config = dict(json.loads(Path(path).read_text()))
+        config = dict(json.loads(Path(path).read_text(encoding="utf-8")))
         dict(config["flags"])
         return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not the config.json of a run ({error})") from None

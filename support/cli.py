@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -21,27 +22,110 @@ class InputError(Exception):
 def run_script(main):
     """Run a script's `main()`: bad input becomes one line on stderr and exit code 2.
 
-    An OSError counts as such: a folder that may not be read or written, a disk that fails.
+    An OSError counts as such: a folder that may not be read or written, a disk that fails. Ctrl-C,
+    where a script does not catch it itself, is one line and exit code 130.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may be any bytes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+def whole_number(text, low):
+    """argparse type, once `low` is given: a whole number from there to 2^31 - 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value < 2 ** 31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {2 ** 31 - 1}")
+    return value
 
 
 def positive(text):
     """argparse type: a whole number from 1 up."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
+    return whole_number(text, 1)
 
 
 def not_negative(text):
     """argparse type: a whole number from 0 up."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return int(text)
+    return whole_number(text, 0)
+
+
+def weight(text):
+    """argparse type: a number from 0 up; nan and inf are none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError("must be a number from 0 to 1e6")
+    return value
+
+
+def check_stored(parser, flags, source):
+    """Raise InputError naming `source` and the flag if a stored value is none that a parser takes.
+
+    flags: {name: value} as a config.json or last.pt holds them; the names are the parser's.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in flags.items():
+        if value is None and parser.get_default(name) is None:
+            continue
+        problem = problem_with(value, actions[name])
+        if problem:
+            raise InputError(f"{source}: {name} is {str(value)[:60]!r} but {problem}; correct it, "
+                             "or begin without this file")
+
+
+def problem_with(value, action):
+    """What keeps an argparse action from having this value, or None."""
+    if action.nargs == 0:
+        return None if isinstance(value, bool) else "must be true or false"
+    many = isinstance(action.nargs, str)
+    if many != isinstance(value, list):
+        return "must be a list" if many else "must not be a list"
+    for item in value if many else [value]:
+        if action.choices and item not in action.choices:
+            return f"must be of {', '.join(map(str, action.choices))}"
+        if action.type is None and (not isinstance(item, str) or "\0" in item):
+            return "must be a string"
+        if action.type is not None:
+            try:
+                if isinstance(item, (str, bool)) or action.type(str(item)) != item:
+                    return "must be a number"
+            except argparse.ArgumentTypeError as error:
+                return str(error)
+            except ValueError:
+                return "must be a number"
+    return None
+
+
+def check_out_dir(out_dir, **folders):
+    """Raise InputError if --out_dir is, or lies in, a folder of photographs.
+
+    folders: {name of its flag: folder}.
+    """
+    out = Path(out_dir).resolve()
+    for flag, folder in folders.items():
+        if Path(folder).resolve() in (out, *out.parents):
+            raise InputError(f"--out_dir {out_dir} lies in --{flag} {folder}, among photographs; "
+                             "choose another folder")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is said and shown
 
 
 def positive_number(text):

@@ -97,5 +97,6 @@ def glibc(name, *arguments):
 
 def ignore_signals(_worker):
     """torchrun signals the workers of a DataLoader too: they end when the run has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,12 +1,13 @@
 """A run's folder: opened, described in config.json, saved in intervals, stopped, resumed."""
 
-import hashlib
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,12 @@ import torch.distributed as dist
 import torchvision
 
 from support import checkpoints
-from support.cli import InputError, log
+from support.cli import InputError, check_out_dir, check_stored, log
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder go unseen
+    fcntl = None
 
 # Flags that say where a run is kept or how it was called, and those that say where it computes:
 # neither kind is part of what it learns.
@@ -33,8 +39,31 @@ OLD_FLAGS = {
 }
 
 
+LOCK = ".train_identity.lock"
+# What `replacing` is asked to write in a run's folder and in its samples/, without suffixes.
+WRITTEN = r"last|config|train_results|curves|net[GD]_epoch_\d+_\d+|epoch_\d+"
+
+
 # ---------------------------------------------------------------------------------------------
 # Flags
+
+
+def load_flags(parser, args):
+    """The flags of the run that --resume or --config names, checked; none without either.
+
+    parser: train_identity.py's; args: what it made of the command line alone. Raises InputError
+    naming the file and the flag in it.
+    """
+    if args.resume:
+        source = Path(args.out_dir, "last.pt")
+        flags = read_last(args.out_dir)["progress"]["flags"]
+    elif args.config:
+        source, flags = args.config, checkpoints.read_config(args.config)["flags"]
+    else:
+        return {"without": []}
+    flags = stored_flags(flags, args, source)
+    check_stored(parser, flags, source)
+    return flags
 
 
 def run_flags(args):
@@ -75,20 +104,57 @@ def changed_flags(then, now, ignored=()):
 # Opening
 
 
+@contextmanager
+def lock(args):
+    """Keep other processes' runs out of --out_dir; raises InputError naming the one that is in it.
+
+    Also if it lies among photographs. The kernel opens the lock when the process ends, however it
+    ends: none is ever stale. It is rank 0's business. A folder that was made for the run goes again
+    if nothing was written.
+    """
+    check_out_dir(args.out_dir, train_dir=args.train_dir, valid_dir=args.valid_dir)
+    folder = Path(args.out_dir)
+    if fcntl is None or int(os.environ.get("RANK", 0)):
+        yield
+        return
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        try:  # of the process: unlike flock's, workers that outlive it do not keep it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise InputError(f"--out_dir {folder}: {file.read() or 'another process'} is training "
+                             "in it; wait until that ends, or choose another folder") from None
+        except OSError:  # a disk that knows no locks
+            pass
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (folder / LOCK).unlink()
+                if is_new:
+                    folder.rmdir()
+
+
 def open_run(args):
     """The state to resume from, or None for a new run; changes nothing that a person may want.
 
-    A folder that holds a run is refused unless --resume or --overwrite says what to do with it.
+    A folder that holds a run, or pictures that one would write over, is refused unless --resume or
+    --overwrite says what to do with it.
     """
     folder = Path(args.out_dir)
-    holds_a_run = (folder / "last.pt").exists() or generators(args)
+    pictures = [*folder.glob("curves.png"), *folder.glob("samples/epoch_*.png")]
+    holds_a_run = (folder / "last.pt").exists() or generators(args) or pictures
     if holds_a_run and not (args.resume or args.overwrite):
         raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
                          f"{folder}), choose another --out_dir, or replace it (--overwrite)")
-    for leftover in folder.glob(".*.tmp*"):  # of a process that was killed while it wrote
-        leftover.unlink(missing_ok=True)
+    for written in (folder, folder / "samples"):
+        checkpoints.remove_leftovers(written, WRITTEN)
     if args.resume:
-        return checkpoints.read_run(folder)
+        return read_last(folder)
     if args.overwrite and args.start and (
             Path(args.start).resolve() in [path.resolve() for path in generators(args)]):
         raise InputError(f"--start {args.start} belongs to the run that --overwrite deletes; copy "
@@ -102,28 +168,60 @@ def generators(args):
 
 
 def delete_old_run(args):
-    """What --overwrite replaces.
-
-    Only when all that a new run needs has been loaded: what is refused must cost nothing.
-    """
+    """What --overwrite replaces, but for last.pt: the new run's has just taken its place."""
     folder = Path(args.out_dir)
-    if args.overwrite:
-        for path in (folder / "last.pt", *generators(args), *folder.glob("samples/epoch_*.png")):
-            path.unlink(missing_ok=True)
+    named = [folder / name for name in ("config.json", "train_results.csv", "curves.png")]
+    for path in (*named, *generators(args), *folder.glob("samples/epoch_*.png")):
+        path.unlink(missing_ok=True)
+
+
+def read_last(folder):
+    """`checkpoints.read_run`, with its progress checked. Raises InputError naming file and value.
+
+    Its flags are `load_flags`' business.
+    """
+    state, path = checkpoints.read_run(folder), Path(folder, "last.pt")
+    progress, texts = state["progress"], (str, type(None))
+    history, rows, data = (progress.get(name) for name in ("history", "rows", "data"))
+
+    def whole(name, low):
+        return type(progress.get(name)) is int and progress[name] >= low
+
+    good = {
+        "epoch": whole("epoch", 1), "step": whole("step", 0), "updates": whole("updates", 0),
+        "history": "history" in progress and (
+            progress.get("step") == 0 if history is None else isinstance(history, torch.Tensor)
+            and history.is_floating_point() and history.dim() == 2),
+        "rows": isinstance(rows, list) and all(
+            isinstance(row, dict) and isinstance(row.get("Seconds"), (int, float)) for row in rows),
+        "seconds": isinstance(progress.get("seconds"), (int, float)),
+        "flags": isinstance(progress.get("flags"), dict) and all(
+            isinstance(name, str) for name in progress["flags"]),
+        "start": isinstance(progress.get("start"), texts),
+        "data": isinstance(data, dict) and all(
+            isinstance(data.get(name), str) for name in ("train_dir", "valid_dir")),
+    }
+    for name, is_good in good.items():
+        if not is_good:
+            raise InputError(f"{path}: {name} is {str(progress.get(name))[:60]!r}, which no run "
+                             "wrote; put back another last.pt, or begin anew (--overwrite)")
+    return state
 
 
 def new_progress(args, train, valid):
     """What last.pt holds beside the networks, before the first step."""
     return {"epoch": 1, "step": 0, "updates": 0, "history": None, "rows": [], "seconds": 0.0,
             "flags": run_flags(args),
-            "start": file_digest(args.start) if args.start and not args.resume else None,
+            "start": (checkpoints.file_digest(args.start) if args.start and not args.resume
+                      else None),
             "data": {"train_dir": train.digest(), "valid_dir": valid.digest()}}
 
 
-def resume(state, args, progress, trainer, parts, steps_per_epoch):
+def resume(state, args, progress, trainer, parts, shape):
     """Put `open_run`'s state into the trainer -> its progress, with the flags of today.
 
     A flag that was given beside --resume is applied and said; other photographs are refused.
+    shape: of an epoch's history, steps and what each of them logs.
     """
     saved = state["progress"]
     for name in ("train_dir", "valid_dir"):
@@ -137,12 +235,12 @@ def resume(state, args, progress, trainer, parts, steps_per_epoch):
                          "flag out, or begin a new run in another --out_dir")
     if changed := changed_flags(then, now):
         log(f"changed for the epochs to come: {', '.join(changed)}")
-    state["parts"].setdefault("average", state["parts"]["netG"])  # begun --without ema
+    state["parts"].setdefault("average", state["parts"].get("netG"))  # begun --without ema
     state["parts"].setdefault("scheduleD", {})  # of a version that had none
     checkpoints.restore_run(state, parts, Path(args.out_dir, "last.pt"))
     progress = saved | {name: progress[name] for name in ("flags", "data")}
     trainer.updates = progress["updates"]
-    if progress["history"] is not None and len(progress["history"]) != steps_per_epoch:
+    if progress["history"] is not None and progress["history"].shape != shape:
         log(f"another number of steps per epoch: epoch {progress['epoch']} begins anew")
         progress.update(step=0, history=None)
     if progress["history"] is not None:
@@ -150,15 +248,10 @@ def resume(state, args, progress, trainer, parts, steps_per_epoch):
         # an fp16 overflow is no reason to stop what goes on in another precision
         progress["history"] = torch.where(history.isinf(), torch.nan, history)
     # counted in this run's steps, since another batch size makes other epochs
-    trainer.scheduleG.last_epoch = (progress["epoch"] - 1) * steps_per_epoch + progress["step"]
+    trainer.scheduleG.last_epoch = (progress["epoch"] - 1) * shape[0] + progress["step"]
     if progress["epoch"] <= args.num_epochs:
         log(f"resumed {args.out_dir} at epoch {progress['epoch']}, step {progress['step'] + 1}")
     return progress
-
-
-def file_digest(path):
-    """SHA-256 of a file's bytes, hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def describe(args, trainer, progress, train, valid, device, world):
@@ -195,21 +288,25 @@ def describe(args, trainer, progress, train, valid, device, world):
 
 
 def catch_signals(world):
-    """List that SIGINT and SIGTERM append to; a second signal stops a lone process at once.
+    """List that the signals which ask a run to stop append to; a second one stops a lone process.
 
-    One of several gets two from a scheduler, its own and torchrun's: it saves, and torchrun kills
-    it if that takes longer than half a minute.
+    SIGHUP, of a terminal that closes, is one unless nohup has it ignored. One process of several
+    gets two from a scheduler, its own and torchrun's: it saves, and torchrun kills it if that takes
+    longer than half a minute.
     """
-    caught = []
+    caught, known = [], [signal.SIGINT, signal.SIGTERM]
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:
+        known.append(hang_up)
 
     def note(number, _frame):
         caught.append(number)
         if world == 1:
-            for known in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(known, signal.SIG_DFL)
+            for other in known:
+                signal.signal(other, signal.SIG_DFL)
 
-    for known in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(known, note)
+    for number in known:
+        signal.signal(number, note)
     return caught
 
 
@@ -234,6 +331,7 @@ class Saver:
     def __init__(self, args, parts, progress, trainer, rank, world, check):
         self.args, self.parts, self.progress, self.trainer = args, parts, progress, trainer
         self.rank, self.world, self.check = rank, world, check
+        self.replaces = args.overwrite and not args.resume
         self.caught = catch_signals(world)
         self.counted = self.saved = time.perf_counter()
 
@@ -252,6 +350,9 @@ class Saver:
             average_history(self.progress)
         if self.rank == 0:
             checkpoints.save_run(self.args.out_dir, self.parts, self.progress)
+            if self.replaces:
+                delete_old_run(self.args)
+        self.replaces = False
 
     def after_update(self):
         """Save if it is time to; stop if a signal came, in all processes at the same step."""

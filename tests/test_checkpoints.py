@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -163,9 +165,46 @@ def test_damaged_files_are_refused(tmp_path):
     torch.save(Generator(2).state_dict(), path)
     whole = path.read_bytes()
     pages = [b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1", b"\xff\xd8\xff\xe0"]
-    for content in (b"", whole[:10], whole[:len(whole) // 2], whole[:-1], bytes(2000), *pages):
+    for content in (b"", b"P", b"\x80", whole[:10], whole[:len(whole) // 2], whole[:-1],
+                    bytes(2000), *pages):
         path.write_bytes(content)
         assert "truncated, damaged or not a checkpoint" in refused(path)
+
+
+def test_a_flipped_bit_never_alters_what_is_loaded(tmp_path):
+    """torch.load itself looks at no checksum: nearly every flip in a weight went through."""
+    path = tmp_path / "netG.pth"
+    torch.save(randomised(Generator(2)).state_dict(), path)
+    whole, expected = path.read_bytes(), checkpoints.read_state(path)
+    rng, found = np.random.default_rng(0), 0
+    for bit in rng.integers(8 * len(whole), size=40):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            state = checkpoints.read_state(path)
+        except InputError as error:
+            found += "checksum of its record" in str(error)
+            continue
+        assert all(torch.equal(value, state[key]) for key, value in expected.items())  # padding
+    assert found > 30
+
+
+def test_a_checkpoint_is_no_zip_bomb(tmp_path):
+    path = tmp_path / "netG.pth"
+    torch.save({"first.0.bias": torch.zeros(2 ** 20)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    assert path.stat().st_size < 2 ** 14
+    assert "packed or overlapping" in refused(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+        archive.filelist *= 3  # thrice the same bytes
+    assert "packed or overlapping" in refused(path)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -249,6 +288,22 @@ def test_a_failure_while_writing_leaves_the_old_file(failure, tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_long_name_can_be_written(tmp_path):
+    path = tmp_path / ("é" * 125 + ".txt")  # 254 bytes, of the 255 that a disk takes
+    checkpoints.save_text("new", path)
+    assert path.read_text() == "new"
+
+
+def test_only_our_own_leftovers_are_deleted(tmp_path):
+    ours = [".last.123.tmp.pt", ".netG_epoch_8_3.7.tmp.pth"]
+    users = [".notes.tmp.txt", ".last.tmp.pt", ".notes.123.tmp.txt", "last.123.tmp.pt", "last.pt",
+             ".my.last.123.tmp.pt"]
+    for name in ours + users:
+        (tmp_path / name).touch()
+    checkpoints.remove_leftovers(tmp_path, r"last|net[GD]_epoch_\d+_\d+")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(users)
+
+
 def test_a_folder_that_cannot_be_is_an_input_error(tmp_path):
     (tmp_path / "file").write_text("old")
     for path in (tmp_path / "file" / "x.csv", tmp_path / "file" / "y" / "x.csv"):
@@ -299,10 +354,13 @@ def test_a_run_goes_on_with_its_parts_and_random_numbers(tmp_path):
     assert state["progress"] == {"epoch": 7, "rows": [[1.5, None]]}
     checkpoints.restore_run(state, {"netG": other}, tmp_path / "last.pt")
     assert torch.equal(torch.rand(4), expected) and torch.equal(other.weight, network.weight)
-    with pytest.raises(InputError, match="last.pt"):
+    with pytest.raises(InputError, match="last.pt: netG does not fit"):
         checkpoints.restore_run(state, {"netG": nn.Linear(3, 3)}, tmp_path / "last.pt")
-    with pytest.raises(InputError, match="nothing to resume"):
+    with pytest.raises(InputError, match="elsewhere: no such folder"):
         checkpoints.read_run(tmp_path / "elsewhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="nothing to resume"):
+        checkpoints.read_run(tmp_path / "empty")
     torch.save(network.state_dict(), tmp_path / "last.pt")
     assert "not a training state" in refused(tmp_path / "last.pt",
                                              lambda path: checkpoints.read_run(path.parent))
@@ -321,6 +379,19 @@ def test_a_shipped_generator_that_is_gone_is_said(tmp_path, monkeypatch):
 def test_the_shipped_generator_is_there():
     """A fresh clone once lacked it: .gitignore named the one before."""
     assert checkpoints.load_generator(checkpoints.shipped_generator()).scale_factor == 8
+
+
+def test_the_shipped_generators_are_known_by_their_digests(tmp_path):
+    shipped = sorted(checkpoints.PRETRAINED.rglob("*.pth"))
+    for path in shipped:
+        line = f"{checkpoints.file_digest(path)}  {path.name}"
+        assert line in path.with_name("SHA256SUMS").read_text().splitlines(), path
+    copy = tmp_path / shipped[0].name
+    checkpoints.save_torch(Generator(2).state_dict(), copy)
+    checkpoints.load_generator(copy)
+    shutil.copy(shipped[0].with_name("SHA256SUMS"), tmp_path)
+    assert "SHA256SUMS" in refused(copy)
+    checkpoints.load_generator(shutil.copy(copy, tmp_path / "netG_epoch_2_1.pth"))  # not named
 
 
 # ---------------------------------------------------------------------------------------------

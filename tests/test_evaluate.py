@@ -165,6 +165,20 @@ def test_recognition_at_its_limits():
     assert np.isnan(one["auc"]) and np.isnan(one["tar_at_far_1"])
 
 
+@pytest.mark.parametrize("value", [0, np.nan])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_an_embedding_that_is_none_is_never_a_hit(value):
+    faces = np.random.default_rng(0).standard_normal((12, 8))
+    none = np.full_like(faces, value)
+    for probes, gallery in ((none, faces), (faces, none), (none, none)):
+        rates = evaluate.recognition(probes, gallery)
+        assert rates["rank1"] == rates["rank5"] == rates["auc"] == rates["tar_at_far_1"] == 0
+    assert evaluate.recognition(none[:1], faces[:1])["rank1"] == 0
+    part = faces.copy()
+    part[:3] = value
+    assert evaluate.recognition(part, faces)["rank1"] == 9 / 12
+
+
 def test_bootstrap_is_the_normal_interval_of_normal_data():
     values = np.random.default_rng(0).normal(5, 2, 400)
     low, high = evaluate.bootstrap(values)
@@ -299,6 +313,55 @@ def test_summary_has_the_means_and_the_pooled_psnr():
     assert a["rank1"] == 1
 
 
+def test_one_flat_picture_does_not_decide(capsys):
+    """Bicubic restores it exactly: its infinite PSNR-Y is left out, for both models alike."""
+    rng = np.random.default_rng(0)
+    images = [f"{i}.png" for i in range(30)]
+    a = pd.DataFrame({"model": "a", "image": images, "psnr_y": rng.normal(25, 3, 30), "ssim": 0.5,
+                      "cosine": 0.5})
+    b = a.assign(model="b", psnr_y=a["psnr_y"] + rng.normal(0, 1, 30))
+    plain = pd.concat([a[1:], b[1:]])
+    b.loc[0, "psnr_y"] = np.inf
+    table = pd.concat([a, b, a.assign(model="HR", psnr_y=np.inf)])
+    assert evaluate.restored_exactly(table) == ["0.png"]
+    vectors = {(model, "cosine"): np.eye(30) for model in ("a", "b", "HR")}
+    summary = evaluate.summarise(table, vectors, 0).set_index("model")
+    for model in (a, b):
+        assert summary["psnr_y"][model["model"][0]] == pytest.approx(model["psnr_y"][1:].mean())
+    assert np.isfinite(summary.loc[["a", "b"], ["psnr_y_low", "psnr_y_high"]]).all(axis=None)
+    assert summary["psnr_y"]["HR"] == np.inf and (summary["n"] == 30).all()
+    row, expected = (evaluate.differences(t, 0).query("metric == 'psnr_y'").iloc[0]
+                     for t in (table, plain))
+    pd.testing.assert_series_equal(row, expected)
+    flat = evaluate.differences(table[table["image"] == "0.png"], 0)
+    assert not flat["larger_than_chance"].any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_difference_that_is_no_number_is_within_chance(value):
+    a = pd.DataFrame({"model": "a", "image": ["1", "2"], "psnr_y": 20.0, "cosine": [0.5, 0.6]})
+    table = evaluate.differences(pd.concat([a, a.assign(model="b", cosine=[0.7, value])]), 0)
+    assert not table["larger_than_chance"].any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_network_that_gives_no_numbers_is_named(frames, value):
+    class Sick(Embedder):
+        label = "sick.pt"
+
+        def forward(self, x):
+            return super().forward(x) + value
+
+    models = {"net": lambda lr, restored, hr: restored}
+    for embedders, name in (({"cosine": Sick()}, "--face_weights sick.pt: "),
+                            ({"cosine": Embedder(), "cosine_sick": Sick()}, "--judge sick.pt: ")):
+        with pytest.raises(InputError, match=name):
+            evaluate.measure(models, frames, embedders, 2, CPU)
+    with pytest.raises(InputError, match="net: its pictures hold NaN"):
+        evaluate.measure({"net": lambda lr, restored, hr: restored * value}, frames,
+                         {"cosine": Embedder()}, 2, CPU)
+
+
 # ---------------------------------------------------------------------------------------------
 # Judges
 
@@ -336,30 +399,16 @@ def script(network, path):
     return path
 
 
-def export(network, path, dynamic=True):
-    shapes = ({0: torch.export.Dim("n")},) if dynamic else None
-    torch.export.save(torch.export.export(network.eval(), (torch.zeros(2, 3, 160, 160),),
-                                          dynamic_shapes=shapes), path)
-    return path
-
-
 judges = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning",
                                     "ignore:.*torch.jit.*:DeprecationWarning")
 
 
-@pytest.fixture(autouse=True)
-def same_environment(monkeypatch):
-    """load_judge tells torch.export not to unpickle, through the environment."""
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
-
-
 @judges
-@pytest.mark.parametrize("save, name", [(script, "judge.pt"), (export, "judge.pt2")])
-def test_a_judge_gives_its_own_embeddings(save, name, tmp_path):
+def test_a_judge_gives_its_own_embeddings(tmp_path):
     torch.manual_seed(0)
     network = Judge()
     nn.init.uniform_(network.bn.running_var, 0.5, 2)
-    judge = evaluate.load_judge(str(save(network, tmp_path / name)))
+    judge = evaluate.load_judge(str(script(network, tmp_path / "judge.pt")))
     images = torch.rand(5, 3, 160, 160).contiguous(memory_format=torch.channels_last)
     for n in (1, 2, 5):  # [0, 1] pictures reach it in [-1, 1]
         torch.testing.assert_close(evaluate.embed(judge, images[:n]), network(images[:n] * 2 - 1),
@@ -379,22 +428,18 @@ def test_judges_that_cannot_judge_are_refused(tmp_path):
     assert "no such file" in refused(tmp_path / "missing.pt")
     assert "(1,)" in refused(script(Flat(), tmp_path / "flat.pt"))
     assert "cannot be multiplied" in refused(script(Narrow(), tmp_path / "narrow.pt"))
-    assert "fails on a 1 x 3" in refused(export(Judge(), tmp_path / "fixed.pt2", dynamic=False))
 
 
 @judges
 def test_files_that_are_no_judges_are_refused_in_one_line(tmp_path, capfd, caplog):
     path = tmp_path / "judge.pt"
-    for good in (script(Judge(), tmp_path / "a.pt"), export(Judge(), tmp_path / "b.pt2")):
-        path.write_bytes(good.read_bytes()[:-300])
-        assert "neither" in refused(path)
+    good = script(Judge(), tmp_path / "a.pt").read_bytes()
     capfd.readouterr()
-    caplog.clear()
-    for content in (b"", b"not a network", good.read_bytes()[:1000]):
+    for content in (b"", b"not a network", good[:-300], good[:1000]):
         path.write_bytes(content)
-        assert "neither" in refused(path)
+        assert "not a TorchScript file" in refused(path)
     torch.save(Judge().state_dict(), path)
-    assert "neither" in refused(path)
+    assert "not a TorchScript file" in refused(path)
     assert capfd.readouterr() == ("", "") and not caplog.records  # no loader's traceback
 
 
@@ -406,16 +451,38 @@ class Hostile:
         return os.system, (self.command,)
 
 
-def test_an_exported_judge_runs_no_pickled_code(tmp_path):
-    trace, path = tmp_path / "trace", tmp_path / "judge.pt2"
-    with zipfile.ZipFile(export(Judge(), tmp_path / "good.pt2")) as good, \
-            zipfile.ZipFile(path, "w") as bad:
-        for name in good.namelist():
-            hostile = name.endswith("sample_inputs/model.pt")
-            bad.writestr(name, pickle.dumps(Hostile(f"touch {trace}"), 2) if hostile
-                         else good.read(name))
-    refused(path)
+@pytest.mark.parametrize("name, marker", [("judge.pt2", "anything"), ("judge.pt", "archive_format"),
+                                          ("judge.pt", "serialized_exported_program.json")])
+def test_an_exported_judge_is_not_opened(name, marker, tmp_path, monkeypatch):
+    """torch.export.load unpickles opaque objects and loads libraries from the archive."""
+    trace, path = tmp_path / "trace", tmp_path / name
+    with zipfile.ZipFile(path, "w") as bad:
+        for member in (marker, "constants.pkl", "data/weights/opaque_obj_0", "data.pkl"):
+            bad.writestr(f"judge/{member}", pickle.dumps(Hostile(f"touch {trace}"), 2))
+
+    def never(*_):
+        raise AssertionError("opened")
+
+    monkeypatch.setattr(torch.export, "load", never)
+    monkeypatch.setattr(torch.jit, "load", never)
+    assert "torch.jit.save" in refused(path)
     assert not trace.exists()
+
+
+@judges
+def test_a_judge_may_be_called_low(tmp_path):
+    """The interval of the cosine is in columns cosine_low and cosine_high."""
+    paths = [str(script(Judge(), tmp_path / name)) for name in ("low.pt", "a_high.pt", "a.pt")]
+    embedders, labels = evaluate.load_embedders("random", paths)
+    table = pd.DataFrame({"model": ["net", "HR"], "image": "1", "psnr_y": [20.0, np.inf],
+                          "ssim": 1.0} | dict.fromkeys(embedders, 0.5))
+    vectors = {(model, name): np.eye(1) for model in ("net", "HR") for name in embedders}
+    summary = evaluate.summarise(table, vectors, 0)
+    assert summary.columns.is_unique and labels.keys() == embedders.keys()
+    head = evaluate.markdown(summary, labels).splitlines()[0]
+    cells = [cell.strip() for cell in head.split("|")]
+    assert cells[3:9] == ["psnr_y", "ssim", *embedders] and "rank1" in cells[9:]
+    assert labels["cosine_a"] == paths[2]
 
 
 # ---------------------------------------------------------------------------------------------
