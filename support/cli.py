@@ -74,6 +74,13 @@ def weight(text):
     return value
 
 
+def positive_number(text):
+    """argparse type: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError("must be a finite number above 0")
+    return float(text)
+
+
 def check_stored(parser, flags, source):
     """Raise InputError naming `source` and the flag if a stored value is none that a parser takes.
 
@@ -126,13 +133,6 @@ def check_out_dir(out_dir, **folders):
 
 # ---------------------------------------------------------------------------------------------
 # What is said and shown
-
-
-def positive_number(text):
-    """argparse type: a finite number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError("must be a finite number above 0")
-    return float(text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
