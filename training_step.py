@@ -160,10 +160,11 @@ def update_average(average, netG, updates, limit):
     """
     decay = min(limit, (1 + updates) / (10 + updates))
     pairs = list(zip(average.state_dict().values(), netG.state_dict().values()))
+    # a GPU gets one kernel for all tensors of a kind, not one for each
     means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-    torch._foreach_lerp_(means, values, 1 - decay)  # a GPU gets one kernel, not one per tensor
-    for count, value in (pair for pair in pairs if not pair[0].is_floating_point()):
-        count.copy_(value)
+    torch._foreach_lerp_(means, values, 1 - decay)
+    counts, values = zip(*(pair for pair in pairs if not pair[0].is_floating_point()))
+    torch._foreach_copy_(counts, values)
 
 
 def batch_targets(trainer, keys, hr):
