@@ -178,7 +178,7 @@ def batch_targets(trainer, keys, hr):
     targets = {}
     if new:  # put together of slices: a list of indices would make a GPU wait
         images = torch.cat([hr[i:i + 1] for i in new])
-        targets = dict(zip(new, split_targets(trainer.loss.targets(images))))
+        targets = dict(zip(new, split_targets(trainer.loss.targets(images), len(new))))
     for i, key in enumerate(keys):
         if key is not None:
             if key not in cache:
@@ -188,9 +188,8 @@ def batch_targets(trainer, keys, hr):
             for column in zip(*(targets[i] for i in range(len(keys))))]
 
 
-def split_targets(targets):
-    """(VGG features, embeddings) of a batch -> the same of each image by itself."""
-    n = next(len(column) for column in targets if column is not None)
+def split_targets(targets, n):
+    """(VGG features, embeddings) of a batch of n -> the same of each image by itself."""
     return [tuple(None if column is None else column[i:i + 1] for column in targets)
             for i in range(n)]
 

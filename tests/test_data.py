@@ -176,6 +176,18 @@ def test_whole_frames(tmp_path):
     assert restored.shape == hr.shape
 
 
+def test_other_framings_of_the_same_photographs(tmp_path):
+    photo = noise(43, 31)
+    save(photo, tmp_path / "a.png")
+    dataset = ValidDatasetFromFolder(tmp_path, 16, 8)
+    shifted = levels(dataset.framed(16, shift=3)[0][2])
+    assert equal(shifted, photo[10:26, 16:32])  # the centre crop begins at 7 and 13
+    smaller = levels(dataset.framed(0, scale=0.6)[0][2])
+    assert equal(smaller, resized(photo, 26, 19)[:16, :24])
+    assert equal(levels(dataset.framed(0)[0][2]), photo[:24, :40])
+    assert equal(levels(dataset[0][2]), photo[7:23, 13:29])  # unchanged by the others
+
+
 @pytest.mark.parametrize("flips", [False, True])
 def test_random_crops(tmp_path, flips):
     y, x = np.mgrid[:18, :20]
@@ -239,6 +251,37 @@ def test_mixed_crops(tmp_path):
     assert np.mean(dataset.repeats) == pytest.approx(data_utils.MIX["center"], abs=0.06)
     low, high = data_utils.SCALES
     assert low - 0.02 <= steps.min() < low + 0.1 and high - 0.1 < steps.max() <= high + 0.05
+
+
+def test_a_centre_crop_in_training_is_validations(tmp_path):
+    """Where no place is in the very middle, too; targets of it are kept from epoch to epoch."""
+    save(noise(64, 63), tmp_path / "0.png")
+    for i in range(1, 40):
+        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+    train = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed")
+    expected = levels(ValidDatasetFromFolder(tmp_path, 32, 8)[0][2])
+    train.set_epoch(1)
+    assert 0 < train.repeats.sum() < 20
+    for index in np.flatnonzero(train.repeats):
+        assert equal(train.crop(index), expected)
+    uncached = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed", cache_gb=0)
+    uncached.set_epoch(1)
+    assert set(uncached.keys(range(40))) == {None}
+
+
+def test_mirrored_crops_are_the_others_in_a_mirror(tmp_path):
+    for i in range(30):
+        save(noise(48, 40, seed=i), tmp_path / f"{i:02}.png")
+    plain, *mirrored = (TrainDatasetFromFolder(tmp_path, 32, 8, "mixed", cache_gb=cache_gb,
+                                               flips=flips)
+                        for flips, cache_gb in ((False, 4.0), (True, 4.0), (True, 0)))
+    plain.set_epoch(5)
+    for dataset in mirrored:
+        dataset.set_epoch(5)
+        assert (dataset.flipped & (dataset.scales != 1)).any() and not dataset.flipped.all()
+        for index in np.flatnonzero(~dataset.flipped | (dataset.scales != 1)):
+            crop = plain.crop(index)
+            assert equal(dataset.crop(index), crop.flip(1) if dataset.flipped[index] else crop)
 
 
 def test_batches_are_the_pairs(tmp_path):

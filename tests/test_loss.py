@@ -356,6 +356,12 @@ def test_random_is_seeded_and_announced(load, flag, random_networks, capsys):
     assert network.label == "random"
 
 
+def test_features_of_a_random_vgg_are_of_the_pictures_size(random_networks):
+    """He et al.'s start; PyTorch's own lets them fade by a thousand on their way."""
+    with torch.no_grad():
+        assert 0.01 < random_networks[0](torch.rand(1, 3, 64, 64)).std() < 1
+
+
 @pytest.mark.parametrize("load, weights, file, flag", [
     (load_vgg, "imagenet", "hub/checkpoints/vgg16-397923af.pth", "--vgg_weights"),
     (load_face_network, "vggface2", "checkpoints/20180402-114759-vggface2.pt", "--face_weights"),
