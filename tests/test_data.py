@@ -22,6 +22,7 @@ from data_utils import (
     TrainDatasetFromFolder,
     ValidDatasetFromFolder,
     check_no_overlap,
+    epoch_order,
     unusable,
 )
 from support.cli import InputError, run_script
@@ -282,6 +283,20 @@ def test_mirrored_crops_are_the_others_in_a_mirror(tmp_path):
         for index in np.flatnonzero(~dataset.flipped | (dataset.scales != 1)):
             crop = plain.crop(index)
             assert equal(dataset.crop(index), crop.flip(1) if dataset.flipped[index] else crop)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_shows_every_photograph_once(world):
+    """In an order of its own, which seed and epoch tell; over both ranks together."""
+    orders = {}
+    for seed, epoch in ((0, 1), (0, 2), (7, 1)):
+        ranks = [epoch_order(40, 8, seed, epoch, rank, world) for rank in range(world)]
+        assert all([len(batch) for batch in rank] == [8 // world] * 5 for rank in ranks)
+        orders[seed, epoch] = [i for rank in ranks for batch in rank for i in batch]
+        assert sorted(orders[seed, epoch]) == [*range(40)] != orders[seed, epoch]
+        assert ranks == [epoch_order(40, 8, seed, epoch, rank, world) for rank in range(world)]
+    assert len({tuple(order) for order in orders.values()}) == 3
+    assert [len(batch) for batch in epoch_order(10, 8, 0, 1, 0, 1)] == [8, 2]
 
 
 def test_batches_are_the_pairs(tmp_path):
