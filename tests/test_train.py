@@ -226,6 +226,22 @@ def test_the_adversarial_gradient_is_bounded(bound):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("with_gan", [False, True])
+def test_the_first_update_is_adams(with_gan):
+    """The rate times g / (|g| + eps); D is left alone in a pixel step."""
+    run, lr, hr = small_run("--alpha", "0", "--gamma", "0", "--lr", "0.01", "--lr_d", "0.001",
+                            "--without", "stripe_filter", "slow_d")
+    training_step.train_step(run, lr, hr, None, with_gan, False)
+    expected = [p - rate * p.grad / (p.grad.abs() + 1e-8) if p.grad is not None else p.clone()
+                for network, rate in ((run.netG, 0.01), (run.netD, 0.001))
+                for p in network.parameters()]
+    assert (run.parametersD[0].grad is not None) == with_gan
+    training_step.apply_updates(run, with_gan)
+    for p, after in zip([*run.netG.parameters(), *run.netD.parameters()], expected):
+        torch.testing.assert_close(p, after, rtol=1e-5, atol=1e-6)
+        assert p.grad is None  # the next step's gradients are not added to this one's
+
+
 @pytest.mark.parametrize("without, first", [([], 2.0), (["slow_d"], 1.0)])
 def test_d_begins_at_twice_its_rate(without, first, monkeypatch):
     monkeypatch.setattr(training_step, "WARM_UP_D", 2)
