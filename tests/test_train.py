@@ -236,7 +236,10 @@ def test_the_first_update_is_adams(with_gan):
                 for network, rate in ((run.netG, 0.01), (run.netD, 0.001))
                 for p in network.parameters()]
     assert (run.parametersD[0].grad is not None) == with_gan
+    average = [2 / 11 * a + 9 / 11 * b for a, b in zip(run.average.parameters(), expected)]
     training_step.apply_updates(run, with_gan)
+    for mean, after in zip(run.average.parameters(), average):
+        torch.testing.assert_close(mean.detach(), after.detach(), rtol=1e-5, atol=1e-6)
     for p, after in zip([*run.netG.parameters(), *run.netD.parameters()], expected):
         torch.testing.assert_close(p, after, rtol=1e-5, atol=1e-6)
         assert p.grad is None  # the next step's gradients are not added to this one's
@@ -256,20 +259,20 @@ def test_d_begins_at_twice_its_rate(without, first, monkeypatch):
 
 
 def test_average_ramps_up():
-    """After one update the average is (2/11) old + (9/11) new; the limit holds later."""
+    """After one update the average is (2/11) old + (9/11) new; the limit holds later.
+
+    So are BatchNorm's statistics; its counters are the network's own.
+    """
     run, _, _ = small_run()
     old, new = deepcopy(run.netG), run.netG
-    with torch.no_grad():
-        for parameter in new.parameters():
-            parameter.add_(1.0)
-    average = deepcopy(old)
-    training_step.update_average(average, new, 1, 0.999)
-    for mean, a, b in zip(average.parameters(), old.parameters(), new.parameters()):
-        torch.testing.assert_close(mean, 2 / 11 * a + 9 / 11 * b)
-    average = deepcopy(old)
-    training_step.update_average(average, new, 10 ** 6, 0.9)
-    for mean, a, b in zip(average.parameters(), old.parameters(), new.parameters()):
-        torch.testing.assert_close(mean, 0.9 * a + 0.1 * b)
+    for value in new.state_dict().values():
+        value.add_(3)
+    for updates, limit, kept in ((1, 0.999, 2 / 11), (10 ** 6, 0.9, 0.9)):
+        average = deepcopy(old)
+        training_step.update_average(average, new, updates, limit)
+        for mean, a, b in zip(*(net.state_dict().values() for net in (average, old, new))):
+            expected = kept * a + (1 - kept) * b if a.is_floating_point() else b
+            torch.testing.assert_close(mean, expected)
 
 
 def test_report_recipe_undoes_every_departure():
@@ -518,6 +521,12 @@ def test_fp16_with_its_scaler():
     training_step.apply_updates(run, False)
     assert run.scaler.is_enabled() and values[0].isfinite()
     assert not torch.equal(run.netG.last.weight, before)
+    before, scale = deepcopy(run.netG.state_dict()), run.scaler.get_scale()
+    training_step.train_step(run, lr, hr, None, False, False)
+    run.netG.first[0].weight.grad[0, 0, 0, 0] = math.inf  # an overflow
+    training_step.apply_updates(run, False)
+    assert torch.equal(run.netG.skip[0].weight, before["skip.0.weight"])
+    assert run.scaler.get_scale() == scale / 2
 
 
 def test_an_overflow_in_fp16_is_the_scalers_business():
