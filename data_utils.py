@@ -310,9 +310,23 @@ def to_pairs(crops, factor):
     """
     hr = crops.permute(0, 3, 1, 2)  # channels last
     size = hr.shape[2] // factor, hr.shape[3] // factor
-    lr = hr if hr.device.type == "cpu" else hr.float()  # CUDA interpolates no whole numbers
-    lr = F.interpolate(lr, size=size, mode="bicubic", antialias=True)
-    return lr.float().round_().clamp_(0, 255).div_(255), hr.float().div_(255)
+    if hr.device.type == "cpu":
+        lr = F.interpolate(hr, size=size, mode="bicubic", antialias=True).float()
+    else:  # CUDA interpolates no whole numbers
+        lr = downscale_levels(hr.float(), size)
+    return lr.div_(255), hr.float().div_(255)
+
+
+def downscale_levels(images, size):
+    """Float images of levels 0 to 255, (N, 3, H, W) -> (N, 3, *size): bicubic, antialiased.
+
+    Rounded to whole levels after the rows and after the columns, as Pillow does: an overshoot of
+    the first pass would reach the second as it is, and change an LR pixel by up to ten levels.
+    """
+    for sides in ((images.shape[2], size[1]), size):
+        images = F.interpolate(images, size=sides, mode="bicubic", antialias=True)
+        images = images.round().clamp(0, 255)
+    return images
 
 
 class ValidDatasetFromFolder(FaceFolder):

@@ -160,10 +160,11 @@ def update_average(average, netG, updates, limit):
     """
     decay = min(limit, (1 + updates) / (10 + updates))
     pairs = list(zip(average.state_dict().values(), netG.state_dict().values()))
+    # a GPU gets one kernel for all tensors of a kind, not one for each
     means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-    torch._foreach_lerp_(means, values, 1 - decay)  # a GPU gets one kernel, not one per tensor
-    for count, value in (pair for pair in pairs if not pair[0].is_floating_point()):
-        count.copy_(value)
+    torch._foreach_lerp_(means, values, 1 - decay)
+    counts, values = zip(*(pair for pair in pairs if not pair[0].is_floating_point()))
+    torch._foreach_copy_(counts, values)
 
 
 def batch_targets(trainer, keys, hr):
@@ -177,7 +178,7 @@ def batch_targets(trainer, keys, hr):
     targets = {}
     if new:  # put together of slices: a list of indices would make a GPU wait
         images = torch.cat([hr[i:i + 1] for i in new])
-        targets = dict(zip(new, split_targets(trainer.loss.targets(images))))
+        targets = dict(zip(new, split_targets(trainer.loss.targets(images), len(new))))
     for i, key in enumerate(keys):
         if key is not None:
             if key not in cache:
@@ -187,9 +188,8 @@ def batch_targets(trainer, keys, hr):
             for column in zip(*(targets[i] for i in range(len(keys))))]
 
 
-def split_targets(targets):
-    """(VGG features, embeddings) of a batch -> the same of each image by itself."""
-    n = next(len(column) for column in targets if column is not None)
+def split_targets(targets, n):
+    """(VGG features, embeddings) of a batch of n -> the same of each image by itself."""
     return [tuple(None if column is None else column[i:i + 1] for column in targets)
             for i in range(n)]
 

@@ -22,6 +22,7 @@ from data_utils import (
     TrainDatasetFromFolder,
     ValidDatasetFromFolder,
     check_no_overlap,
+    epoch_order,
     unusable,
 )
 from support.cli import InputError, run_script
@@ -176,6 +177,18 @@ def test_whole_frames(tmp_path):
     assert restored.shape == hr.shape
 
 
+def test_other_framings_of_the_same_photographs(tmp_path):
+    photo = noise(43, 31)
+    save(photo, tmp_path / "a.png")
+    dataset = ValidDatasetFromFolder(tmp_path, 16, 8)
+    shifted = levels(dataset.framed(16, shift=3)[0][2])
+    assert equal(shifted, photo[10:26, 16:32])  # the centre crop begins at 7 and 13
+    smaller = levels(dataset.framed(0, scale=0.6)[0][2])
+    assert equal(smaller, resized(photo, 26, 19)[:16, :24])
+    assert equal(levels(dataset.framed(0)[0][2]), photo[:24, :40])
+    assert equal(levels(dataset[0][2]), photo[7:23, 13:29])  # unchanged by the others
+
+
 @pytest.mark.parametrize("flips", [False, True])
 def test_random_crops(tmp_path, flips):
     y, x = np.mgrid[:18, :20]
@@ -259,6 +272,51 @@ def test_recoloured_crops(tmp_path):
     levels_of_black = np.array([crop[0, 0] for crop in seen])
     assert levels_of_black.max() > 120 and levels_of_black.min() < 10
     assert np.abs(np.corrcoef(levels_of_black.T)[0, 1]) < 0.5  # each channel by itself
+
+
+def test_a_centre_crop_in_training_is_validations(tmp_path):
+    """Where no place is in the very middle, too; targets of it are kept from epoch to epoch."""
+    save(noise(64, 63), tmp_path / "0.png")
+    for i in range(1, 40):
+        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+    train = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed")
+    expected = levels(ValidDatasetFromFolder(tmp_path, 32, 8)[0][2])
+    train.set_epoch(1)
+    assert 0 < train.repeats.sum() < 20
+    for index in np.flatnonzero(train.repeats):
+        assert equal(train.crop(index), expected)
+    uncached = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed", cache_gb=0)
+    uncached.set_epoch(1)
+    assert set(uncached.keys(range(40))) == {None}
+
+
+def test_mirrored_crops_are_the_others_in_a_mirror(tmp_path):
+    for i in range(30):
+        save(noise(48, 40, seed=i), tmp_path / f"{i:02}.png")
+    plain, *mirrored = (TrainDatasetFromFolder(tmp_path, 32, 8, "mixed", cache_gb=cache_gb,
+                                               flips=flips)
+                        for flips, cache_gb in ((False, 4.0), (True, 4.0), (True, 0)))
+    plain.set_epoch(5)
+    for dataset in mirrored:
+        dataset.set_epoch(5)
+        assert (dataset.flipped & (dataset.scales != 1)).any() and not dataset.flipped.all()
+        for index in np.flatnonzero(~dataset.flipped | (dataset.scales != 1)):
+            crop = plain.crop(index)
+            assert equal(dataset.crop(index), crop.flip(1) if dataset.flipped[index] else crop)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_shows_every_photograph_once(world):
+    """In an order of its own, which seed and epoch tell; over both ranks together."""
+    orders = {}
+    for seed, epoch in ((0, 1), (0, 2), (7, 1)):
+        ranks = [epoch_order(40, 8, seed, epoch, rank, world) for rank in range(world)]
+        assert all([len(batch) for batch in rank] == [8 // world] * 5 for rank in ranks)
+        orders[seed, epoch] = [i for rank in ranks for batch in rank for i in batch]
+        assert sorted(orders[seed, epoch]) == [*range(40)] != orders[seed, epoch]
+        assert ranks == [epoch_order(40, 8, seed, epoch, rank, world) for rank in range(world)]
+    assert len({tuple(order) for order in orders.values()}) == 3
+    assert [len(batch) for batch in epoch_order(10, 8, 0, 1, 0, 1)] == [8, 2]
 
 
 def test_batches_are_the_pairs(tmp_path):

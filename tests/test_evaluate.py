@@ -136,6 +136,13 @@ def test_recognition_counted_by_hand():
                                    "auc": wins})
 
 
+@pytest.mark.parametrize("better, found", [(4, 1.0), (5, 7 / 8)])
+def test_rank_5_is_the_fifth_place(better, found):
+    probes = np.eye(8)
+    probes[0, :1 + better] = 0.3, *[0.4] * better
+    assert evaluate.recognition(probes, np.eye(8))["rank5"] == found
+
+
 def test_recognition_of_random_embeddings_by_all_pairs():
     rng = np.random.default_rng(1)
     n = 25

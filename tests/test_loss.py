@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from facenet_pytorch import InceptionResnetV1
+from PIL import Image
 from torch import nn
 
 import loss_identity
@@ -22,6 +23,7 @@ from loss_identity import (
 )
 from support.cli import InputError
 
+BILINEAR = Image.Resampling.BILINEAR
 FAKE = np.array([-1.3, 0.2, 2.0, -0.4])
 REAL = np.array([0.7, -0.6, 1.9, 3.1])
 
@@ -98,6 +100,19 @@ def test_cross_entropy_stays_finite_where_a_sigmoid_would_not():
     assert adversarial_loss("bce", fake).item() == pytest.approx(300)
     assert fake_loss("bce", -fake).item() == pytest.approx(300)
     assert real_loss("bce", -real).item() == pytest.approx(300)
+
+
+@pytest.mark.parametrize("loss", [
+    lambda a, b: pixel_loss(a, b), lambda a, b: content_loss(a, b),
+    lambda a, b: identity_loss(a, b), lambda a, b: adversarial_loss("bce", a),
+    lambda a, b: adversarial_loss("linear", a), lambda a, b: real_loss("bce", a),
+    lambda a, b: real_loss("linear", a), lambda a, b: fake_loss("bce", a),
+    lambda a, b: fake_loss("linear", a)])
+def test_losses_of_bf16_are_computed_in_fp32(loss):
+    a, b = torch.randn(2, 7).bfloat16()
+    value = loss(a, b)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(loss(a.double(), b.double()).item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,6 +306,23 @@ def test_folded_face_network_is_the_published_one(tmp_path):
     torch.testing.assert_close(actual.norm(dim=1), torch.ones(2))
 
 
+@pytest.mark.parametrize("height, width", [(24, 40), (160, 160), (256, 256), (250, 120),
+                                           (120, 250)])
+def test_faces_are_resized_as_by_pillow(height, width):
+    """To 160 px and [-1, 1]; what is larger is averaged, not sampled."""
+    images = torch.rand(2, 3, height, width)
+    faces = embed(lambda faces: faces, images)
+    expected = [[np.asarray(Image.fromarray(channel).resize((160, 160), BILINEAR))
+                 for channel in image] for image in images.numpy()]
+    np.testing.assert_allclose(faces, 2 * np.array(expected) - 1, atol=1e-5)
+
+
+def test_targets_are_no_part_of_a_graph(random_networks):
+    loss = GeneratorLoss(1.0, 1.0, 1.0, *random_networks)
+    hr = torch.rand(1, 3, 32, 32, requires_grad=True)
+    assert not any(target.requires_grad for target in loss.targets(hr))
+
+
 def test_gradients_reach_sr_only(random_networks):
     vgg, face_network = random_networks
     loss = GeneratorLoss(1.0, 1.0, 1.0, vgg, face_network)
@@ -322,6 +354,12 @@ def test_random_is_seeded_and_announced(load, flag, random_networks, capsys):
     output = capsys.readouterr().out
     assert output.count("\n") == 1 and flag in output and "mean nothing" in output
     assert network.label == "random"
+
+
+def test_features_of_a_random_vgg_are_of_the_pictures_size(random_networks):
+    """He et al.'s start; PyTorch's own lets them fade by a thousand on their way."""
+    with torch.no_grad():
+        assert 0.01 < random_networks[0](torch.rand(1, 3, 64, 64)).std() < 1
 
 
 @pytest.mark.parametrize("load, weights, file, flag", [
