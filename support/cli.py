@@ -32,6 +32,13 @@ def run_script(main):
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # PyTorch says so wherever the script is
+            raise
+        print("error: a process that decodes photographs was killed, perhaps for want of memory; "
+              "go on with --resume, and with a larger --cache_gb, which needs no such process",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("error: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -80,12 +87,17 @@ def check_stored(parser, flags, source):
     """
     actions = {action.dest: action for action in parser._actions}
     for name, value in flags.items():
-        if value is None and parser.get_default(name) is None:
+        if value is None and parser.get_default(name) is None and actions[name].nargs is None:
             continue
         problem = problem_with(value, actions[name])
         if problem:
-            raise InputError(f"{source}: {name} is {str(value)[:60]!r} but {problem}; correct it, "
-                             "or begin without this file")
+            raise InputError(f"{source}: {name} is {shown(value)} but {problem}; correct it, or "
+                             "begin without this file")
+
+
+def shown(value):
+    """The begin of a value as Python writes it, in one line."""
+    return " ".join(repr(value).split())[:60]
 
 
 def problem_with(value, action):

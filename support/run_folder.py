@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torchvision
 
 from support import checkpoints
-from support.cli import InputError, check_out_dir, check_stored, log
+from support.cli import InputError, check_out_dir, check_stored, log, shown
 
 try:
     import fcntl
@@ -203,8 +203,8 @@ def read_last(folder):
     }
     for name, is_good in good.items():
         if not is_good:
-            raise InputError(f"{path}: {name} is {str(progress.get(name))[:60]!r}, which no run "
-                             "wrote; put back another last.pt, or begin anew (--overwrite)")
+            raise InputError(f"{path}: {name} is {shown(progress.get(name))}, which no run wrote; "
+                             "put back another last.pt, or begin anew (--overwrite)")
     return state
 
 
