@@ -1,6 +1,7 @@
 """What goes wrong around a run: two in a folder, an edited file, a killed process; then a fuzz."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -9,14 +10,19 @@ import signal
 import time
 from types import SimpleNamespace
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_train import finished, flags, interrupt, without_what_takes_long  # noqa: F401
 from torch import nn
 
+import evaluate
 import train_identity
 import training_step
+from data_utils import read_image
 from model import Generator
 from support import checkpoints, run_folder
 from support.cli import InputError, run_script
@@ -393,3 +399,104 @@ def test_ctrl_c_at_the_start_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(main)
     assert stop.value.code == 130 and capsys.readouterr().err == "error: stopped by Ctrl-C\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# A fuzz of flags, config.json, last.pt and pictures: something usable, or one line
+
+
+fuzz = hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None,
+                           suppress_health_check=[*hypothesis.HealthCheck])
+PARSERS = {"train": train_identity.parse, "evaluate": evaluate.parse}
+NAMES = {"train": [*vars(train_identity.parse([]))], "evaluate": [*vars(evaluate.parse([]))]}
+SWITCHES = {"resume", "overwrite", "demo", "allow_overlap"}
+texts = st.text(st.characters(exclude_characters="\0"), max_size=12)  # no command line has \0
+numbers = st.integers() | st.floats() | st.sampled_from([-2, -1, 0, 1, 2 ** 31 - 1, 2 ** 31, 1e6])
+values = st.recursive(st.none() | st.booleans() | numbers | st.text(max_size=12),
+                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+                          st.text(max_size=5), inner, max_size=3), max_leaves=5)
+
+
+def check_usable(args):
+    """Whatever a parser lets through must be something to compute with."""
+    for name, value in vars(args).items():
+        if isinstance(value, float):
+            assert 0 <= value <= 1e6, name
+        elif isinstance(value, int) and not isinstance(value, bool):
+            low = 1 if name in ("batch_size", "num_epochs", "save_every") else 0
+            assert low <= value < 2 ** 31, name
+    if hasattr(args, "without"):
+        assert set(args.without) <= set(train_identity.DEPARTURES)
+        assert args.upscale_factor in (2, 4, 8) and args.crop in ("center", "random", "mixed")
+
+
+def parsed(parse, argv):
+    """What `parse` makes of a command line, or the line with which it is refused."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            check_usable(parse(argv))
+    except InputError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    except SystemExit as stop:  # argparse: usage, then the line
+        assert stop.code == 2 and ": error: " in errors.getvalue()
+        return errors.getvalue()
+
+
+@fuzz
+@hypothesis.given(st.sampled_from([*PARSERS]), st.data())
+def test_fuzzed_flags(tmp_path_factory, monkeypatch, script, data):
+    argv = []
+    for name in data.draw(st.lists(st.sampled_from(NAMES[script]), max_size=4)):
+        argv.append(f"--{name}" if name in SWITCHES else
+                    f"--{name}={data.draw(texts | numbers.map(str))}")
+    monkeypatch.chdir(tmp_path_factory.getbasetemp())  # there is nothing to resume
+    parsed(PARSERS[script], argv)
+
+
+@fuzz
+@hypothesis.given(st.dictionaries(st.sampled_from(NAMES["train"]) | st.text(max_size=5), values,
+                                  max_size=3), values, st.booleans())
+def test_fuzzed_config(tmp_path_factory, flags, other, as_flags):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    path.write_text(json.dumps({"flags": flags} if as_flags else other))
+    message = parsed(train_identity.parse, ["--config", str(path)])
+    assert message is None or message.startswith(f"{path}: ")
+
+
+@fuzz
+@hypothesis.given(st.dictionaries(st.sampled_from([
+    "epoch", "step", "updates", "history", "rows", "seconds", "flags", "start", "data"]), values,
+    min_size=1, max_size=3))
+def test_fuzzed_progress(tmp_path_factory, changed):
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    save_state(folder, **changed)
+    message = parsed(train_identity.parse, ["--resume", "--out_dir", str(folder)])
+    assert message is None or message.startswith(f"{folder / 'last.pt'}: ")
+
+
+def pictures():
+    """One small picture as the bytes of each format and mode that a folder may hold."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
+    for kind, mode in (("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "LA"), ("PNG", "1"),
+                       ("PNG", "I;16"), ("WEBP", "RGBA"), ("BMP", "L"), ("TIFF", "LAB"),
+                       ("TIFF", "F"), ("TIFF", "I"), ("TIFF", "YCbCr")):
+        buffer = io.BytesIO()
+        (picture.convert("L") if mode == "I;16" else picture).convert(mode).save(buffer, kind)
+        yield buffer.getvalue()
+
+
+@fuzz
+@hypothesis.given(st.sampled_from([*pictures()]), st.data())
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about the files
+def test_fuzzed_pictures(tmp_path_factory, content, data):
+    start = data.draw(st.integers(0, len(content)))
+    stop = start + data.draw(st.integers(0, 8))
+    path = tmp_path_factory.getbasetemp() / "picture.png"
+    path.write_bytes(content[:start] + data.draw(st.binary(max_size=8)) + content[stop:])
+    try:
+        image = read_image(path)
+        assert image.mode == "RGB" and min(image.size) > 0
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
