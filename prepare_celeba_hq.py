@@ -10,6 +10,9 @@ A folder or a zip is taken, with the photographs at any depth; where it has a fo
 only that is read (beside it lie the masks). Stopped half-way, the same command goes on.
 """
 
+import support  # noqa: F401  first, for Ctrl-C
+
+# isort: split
 import argparse
 import csv
 import hashlib

@@ -8,6 +8,9 @@
 One update is in training_step.py, the terms of the loss are in loss_identity.py.
 """
 
+import support  # noqa: F401  first, for Ctrl-C
+
+# isort: split
 import argparse
 import math
 import time

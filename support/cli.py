@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
+
+from support import stop_at_once
 
 
 class InputError(Exception):
@@ -27,6 +30,8 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):  # names of files may be any bytes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (InputError, OSError) as error:

@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from test_train import finished, flags, interrupt, without_what_takes_long  # noqa: F401
 from torch import nn
@@ -390,6 +393,23 @@ def test_nohup_keeps_a_run_from_hanging_up():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_ctrl_c_while_pytorch_is_imported_is_one_line():
+    process = subprocess.Popen([sys.executable, "-v", ROOT / "train_identity.py", "--help"],
+                               text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    next(line for line in process.stderr if line.startswith("import 'argparse'"))
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130
+    assert error.endswith("error: stopped by Ctrl-C\n") and "Traceback" not in error
+
+
+@pytest.mark.parametrize("script", ["train_identity.py", "evaluate.py", "prepare_celeba_hq.py"])
+def test_a_script_imports_first_what_heeds_ctrl_c(script):
+    first = next(line for line in (ROOT / script).read_text().splitlines()
+                 if line.startswith(("import ", "from ")))
+    assert first.startswith("import support ")
 
 
 def test_ctrl_c_at_the_start_is_one_line(capsys):
