@@ -7,7 +7,6 @@ Every run is fine-tuned from one warm start; runs of the same seed see the same 
 given again goes on where it stopped and passes by what is finished.
 """
 
-import argparse
 import shlex
 import signal
 import sys
@@ -24,6 +23,7 @@ from support import checkpoints, figures, run_folder
 from support.cli import (
     HelpFormatter,
     InputError,
+    Parser,
     log,
     markdown_table,
     not_negative,
@@ -300,7 +300,7 @@ def wide(summary, pairs, last, weights):
 
 def parse(argv=None):
     """The ablation's own flags; `.training` holds the others, which are train_identity.py's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train the report's weightings from one warm start with the same seeds and\n"
                     "batches, and compare them. Every other flag goes to train_identity.py, for\n"
                     "all runs alike: --train_dir, --batch_size, --lr, --without, --device, ...",

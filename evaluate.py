@@ -10,7 +10,6 @@ training never saw, 95 % bootstrap intervals, and paired differences between mod
 import support  # noqa: F401  first, for Ctrl-C
 
 # isort: split
-import argparse
 import zipfile
 from contextlib import nullcontext
 from itertools import combinations
@@ -28,8 +27,8 @@ from data_utils import VALID_DIR, ValidDatasetFromFolder
 from loss_identity import embed, load_face_network
 from support import checkpoints, figures
 from support.cli import (
-    HelpFormatter,
     InputError,
+    Parser,
     check_out_dir,
     markdown_table,
     not_negative,
@@ -407,9 +406,8 @@ def picture_rows(models, dataset, per_image, device):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="PSNR-Y, SSIM, cosine and recognition of generators, against bicubic.",
-        formatter_class=HelpFormatter,
         epilog="example: python evaluate.py --checkpoint epochs/netG_epoch_8_100.pth "
                "--data_dir data/DIV2K_valid_HR --out_dir results")
     add = parser.add_argument_group("what").add_argument

@@ -40,7 +40,7 @@ from data_utils import (
     to_frame,
 )
 from support.checkpoints import remove_leftovers, replacing
-from support.cli import InputError, parallel_map, run_script
+from support.cli import InputError, Parser, parallel_map, run_script
 
 FOLDERS = {"valid": Path(VALID_DIR).name, "train": Path(TRAIN_DIR).name}
 COLUMNS = ["file", "source", "hash", "split"]
@@ -373,7 +373,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=Formatter,
         epilog="example: python prepare_celeba_hq.py CelebAMask-HQ.zip --n_train 2000 "
                "--n_valid 100")

@@ -53,6 +53,25 @@ def run_script(main):
 # Flags
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something, and leaves line breaks as they are."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises InputError for a bad flag: one line, without all flags before it."""
+
+    def __init__(self, formatter_class=HelpFormatter, **how):
+        super().__init__(formatter_class=formatter_class, **how)
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists all flags)")
+
+
 def whole_number(text, low):
     """argparse type, once `low` is given: a whole number from there to 2^31 - 1."""
     try:
@@ -142,15 +161,6 @@ def check_out_dir(out_dir, **folders):
 
 # ---------------------------------------------------------------------------------------------
 # What is said and shown
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something, and leaves line breaks as they are."""
-
-    def _get_help_string(self, action):
-        if action.default in (None, False) or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
 
 
 def log(message):

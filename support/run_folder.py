@@ -193,7 +193,8 @@ def read_last(folder):
             progress.get("step") == 0 if history is None else isinstance(history, torch.Tensor)
             and history.is_floating_point() and history.dim() == 2),
         "rows": isinstance(rows, list) and all(
-            isinstance(row, dict) and isinstance(row.get("Seconds"), (int, float)) for row in rows),
+            isinstance(row, dict) and isinstance(row.get(name), (int, float)) for row in rows
+            for name in ("Seconds", "Score_D", "Score_G", "Gradient_ratio")),
         "seconds": isinstance(progress.get("seconds"), (int, float)),
         "flags": isinstance(progress.get("flags"), dict) and all(
             isinstance(name, str) for name in progress["flags"]),
