@@ -82,7 +82,7 @@ def train_run(folder, flags, data, again):
         log(f"{folder} is finished")
         return
     log(f"{folder}:")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in run_folder.STOP_SIGNALS}
     try:
         train_identity.main(flags + ["--resume"] * begun)
     except InputError as error:

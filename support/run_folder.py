@@ -40,6 +40,8 @@ OLD_FLAGS = {
 
 
 LOCK = ".train_identity.lock"
+HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
+STOP_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if number]
 # What `replacing` is asked to write in a run's folder and in its samples/, without suffixes.
 WRITTEN = r"last|config|train_results|curves|net[GD]_epoch_\d+_\d+|epoch_\d+"
 
@@ -293,10 +295,9 @@ def catch_signals(world):
     gets two from a scheduler, its own and torchrun's: it saves, and torchrun kills it if that takes
     longer than half a minute.
     """
-    caught, known = [], [signal.SIGINT, signal.SIGTERM]
-    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
-    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:
-        known.append(hang_up)
+    caught = []
+    known = [number for number in STOP_SIGNALS
+             if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN]
 
     def note(number, _frame):
         caught.append(number)
