@@ -7,7 +7,6 @@ Every run is fine-tuned from one warm start; runs of the same seed see the same 
 given again goes on where it stopped and passes by what is finished.
 """
 
-import argparse
 import shlex
 import signal
 import sys
@@ -24,6 +23,7 @@ from support import checkpoints, figures, run_folder
 from support.cli import (
     HelpFormatter,
     InputError,
+    Parser,
     log,
     markdown_table,
     not_negative,
@@ -82,7 +82,7 @@ def train_run(folder, flags, data, again):
         log(f"{folder} is finished")
         return
     log(f"{folder}:")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in run_folder.STOP_SIGNALS}
     try:
         train_identity.main(flags + ["--resume"] * begun)
     except InputError as error:
@@ -302,7 +302,7 @@ def wide(summary, pairs, last, weights):
 
 def parse(argv=None):
     """The ablation's own flags; `.training` holds the others, which are train_identity.py's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train the report's weightings from one warm start with the same seeds and\n"
                     "batches, and compare them. Every other flag goes to train_identity.py, for\n"
                     "all runs alike: --train_dir, --batch_size, --lr, --without, --device, ...",

@@ -61,9 +61,13 @@ def read_image(path, keep_mode=False):
     """Any photographer's file -> upright 8-bit RGB picture (PIL).
 
     EXIF orientation is applied; 16 bit is scaled to 8, transparency laid on white, grey, palette
-    and CMYK converted. `keep_mode` only turns it upright. Raises InputError naming the file.
+    and CMYK converted. `keep_mode` only turns it upright. Raises InputError naming the file, also
+    for pixels of 32 bit, of which none is known to be white.
     """
     try:
+        if isinstance(path, (str, os.PathLike)) and Path(path).exists() and (
+                not Path(path).is_file()):
+            raise InputError("not a file that can be read to its end")  # a pipe would be waited for
         with Image.open(path, formats=FORMATS) as image:
             place = image.fp.tell()
             size = image.fp.seek(0, os.SEEK_END)
@@ -73,6 +77,8 @@ def read_image(path, keep_mode=False):
             limit = min(Image.MAX_IMAGE_PIXELS, max(2 ** 24, 1000 * size))
             if image.width * image.height > limit:
                 raise InputError(f"declares {image.width}x{image.height} px, a decompression bomb")
+            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+                raise InputError("holds 32-bit or signed pixels; save it with 8 or 16 bit")
             image.load()
             with contextlib.suppress(SyntaxError):  # damaged EXIF data: taken as it stands
                 image = ImageOps.exif_transpose(image)

@@ -7,7 +7,9 @@ Beyond the report: recognition (is the restored face still found among all faces
 training never saw, 95 % bootstrap intervals, and paired differences between models.
 """
 
-import argparse
+import support  # noqa: F401  first, for Ctrl-C
+
+# isort: split
 import math
 import zipfile
 from contextlib import nullcontext
@@ -25,8 +27,8 @@ from data_utils import VALID_DIR, ValidDatasetFromFolder
 from loss_identity import embed, load_face_network
 from support import checkpoints, figures
 from support.cli import (
-    HelpFormatter,
     InputError,
+    Parser,
     check_out_dir,
     markdown_table,
     not_negative,
@@ -41,7 +43,6 @@ from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_p
 RESAMPLES = 10_000
 BATCH = 20  # images at a time
 EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's
-SCRIPTED = "constants.pkl"  # in TorchScript's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,8 +223,6 @@ def load_script(path):
         raise InputError(f"--judge {path}: a torch.export archive, which can run any program when "
                          "it is opened; save the network with torch.jit.save instead")
     try:
-        if SCRIPTED not in inside:
-            raise ValueError("no TorchScript")
         network = torch.jit.load(path, map_location="cpu").eval()
     except Exception:  # the loader raises what it likes
         raise InputError(f"--judge {path}: not a TorchScript file that can be loaded") from None
@@ -420,9 +419,8 @@ def picture_rows(models, dataset, per_image, device):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="PSNR-Y, SSIM, cosine and recognition of generators, against bicubic.",
-        formatter_class=HelpFormatter,
         epilog="example: python evaluate.py --checkpoint epochs/netG_epoch_8_100.pth "
                "--data_dir data/DIV2K_valid_HR --out_dir results")
     add = parser.add_argument_group("what").add_argument

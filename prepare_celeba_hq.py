@@ -10,6 +10,9 @@ A folder or a zip is taken, with the photographs at any depth; where it has a fo
 only that is read (beside it lie the masks). Stopped half-way, the same command goes on.
 """
 
+import support  # noqa: F401  first, for Ctrl-C
+
+# isort: split
 import argparse
 import csv
 import hashlib
@@ -19,7 +22,7 @@ import re
 import signal
 import zipfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import repeat
 from pathlib import Path, PurePosixPath
@@ -36,8 +39,8 @@ from data_utils import (
     read_image,
     to_frame,
 )
-from support.checkpoints import replacing
-from support.cli import InputError, parallel_map, run_script
+from support.checkpoints import remove_leftovers, replacing
+from support.cli import InputError, Parser, parallel_map, run_script
 
 FOLDERS = {"valid": Path(VALID_DIR).name, "train": Path(TRAIN_DIR).name}
 COLUMNS = ["file", "source", "hash", "split"]
@@ -89,13 +92,15 @@ def find_photographs(source):
 
 
 def text_hash(text):
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def read_identities(path):
     """CelebA-HQ-identity.txt, lines `0.jpg 1234` -> {name without suffix: identity}."""
     try:
-        lines = [line.split() for line in Path(path).read_text().splitlines()]
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise OSError
+        lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines()]
         return {PurePosixPath(name).stem: identity for name, identity in filter(None, lines)}
     except (OSError, ValueError):
         raise InputError(f"{path}: cannot be read as lines of `0.jpg 1234` (a file name and the "
@@ -124,7 +129,7 @@ def shuffled(photographs, identities, seed):
 # Making the two folders
 
 
-@lru_cache(1)  # each worker process opens the zip once
+@lru_cache(1)  # opened once, for all threads
 def open_zip(source):
     return zipfile.ZipFile(source)
 
@@ -206,7 +211,8 @@ def fill(pool, args, split, n, queue, manifest, seen, bar):
         manifest = others + rows + before[len(rows):]
         # The manifest goes first: no picture is ever there that it does not name
         with replacing(args.out_dir / "manifest.csv") as temporary, \
-                open(temporary, "w", newline="", encoding="utf-8") as file:
+                open(temporary, "w", newline="", encoding="utf-8",
+                     errors="surrogateescape") as file:
             csv.writer(file).writerows([COLUMNS, *manifest])
         for file, png in pictures.items():
             with replacing(args.out_dir / file) as temporary:
@@ -219,7 +225,7 @@ def read_manifest(path):
     if not path.exists():
         return []
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             header, *rows = csv.reader(file)
     except (OSError, ValueError, csv.Error):
         header, rows = None, []
@@ -276,15 +282,16 @@ def prepare(args):
         raise too_few(args, len(queue), "photographs")
     manifest = read_manifest(args.out_dir / "manifest.csv")
     check_no_mixing(args, manifest)
-    for folder in FOLDERS.values():
-        for leftover in (args.out_dir / folder).glob(".*.tmp.png"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
+    for folder in ("", *FOLDERS.values()):  # of a run that was killed
+        stems = {"manifest", *(Path(row[0]).stem[:50] for row in manifest)}
+        remove_leftovers(args.out_dir / folder, "|".join(map(re.escape, stems)))
 
-    # Ctrl-C and a cluster's SIGTERM end this process tidily; it then ends its workers, which ignore
-    # Ctrl-C themselves
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    pool = ProcessPoolExecutor(os.cpu_count(), initializer=signal.signal,
-                               initargs=(signal.SIGINT, signal.SIG_IGN))
+    # Ctrl-C, a cluster's SIGTERM and a terminal that closes end this process tidily
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    # Threads, which no one can kill and which end with this process; Pillow lets them run at once
+    pool = ThreadPoolExecutor(os.cpu_count())
     seen = {}
     try:
         with tqdm(total=args.n_train + args.n_valid, unit="img", disable=None) as bar:
@@ -298,6 +305,7 @@ def prepare(args):
         raise InputError("stopped; the same command goes on from here") from None
     finally:
         pool.shutdown(cancel_futures=True)
+        open_zip.cache_clear()  # the next zip of that name may be another
     if len(train) < args.n_train:
         raise too_few(args, len(train) + len(valid), "photographs that can be used",
                       train and f"--n_train {len(train)} --n_valid {len(valid)}")
@@ -365,7 +373,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=Formatter,
         epilog="example: python prepare_celeba_hq.py CelebAMask-HQ.zip --n_train 2000 "
                "--n_valid 100")

@@ -8,7 +8,9 @@
 One update is in training_step.py, the terms of the loss are in loss_identity.py.
 """
 
-import argparse
+import support  # noqa: F401  first, for Ctrl-C
+
+# isort: split
 import math
 import time
 from pathlib import Path
@@ -23,7 +25,7 @@ import evaluate
 from data_utils import CROPS, TRAIN_DIR, VALID_DIR, epoch_order, load_data
 from loss_identity import PRESETS
 from support import checkpoints, figures, run_folder
-from support.cli import HelpFormatter, InputError, log, not_negative, positive, run_script, weight
+from support.cli import InputError, Parser, log, not_negative, positive, run_script, weight
 from support.machine import DEVICES, PRECISIONS, keep_freed_memory, set_up_machine
 from support.portraits import synthetic_portraits
 from training_step import (
@@ -365,10 +367,9 @@ def add_flags(parser):
 def parse(argv=None):
     """Flags -> namespace. A recipe, a config.json or the run to be resumed sets the defaults."""
     listed = "\n".join(f"  {name:<16} {why}" for name, why in DEPARTURES.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train the identity-preserving SRGAN of the report. The defaults are our "
                     "recipe, measured\nagainst the report's in results/EXPERIMENTS.md.",
-        formatter_class=HelpFormatter,
         epilog=f"departures from the report, undone by --without NAME ...:\n{listed}\n\n"
                "example: python train_identity.py --crop_size 128 --upscale_factor 8 "
                "--num_epochs 100")

@@ -3,12 +3,15 @@
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
+
+from support import stop_at_once
 
 
 class InputError(Exception):
@@ -28,10 +31,19 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):  # names of files may be any bytes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # PyTorch says so wherever the script is
+            raise
+        print("error: a process that decodes photographs was killed, perhaps for want of memory; "
+              "go on with --resume, and with a larger --cache_gb, which needs no such process",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("error: stopped by Ctrl-C", file=sys.stderr)
@@ -40,6 +52,25 @@ def run_script(main):
 
 # ---------------------------------------------------------------------------------------------
 # Flags
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something, and leaves line breaks as they are."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises InputError for a bad flag: one line, without all flags before it."""
+
+    def __init__(self, formatter_class=HelpFormatter, **how):
+        super().__init__(formatter_class=formatter_class, **how)
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists all flags)")
 
 
 def whole_number(text, low):
@@ -88,12 +119,17 @@ def check_stored(parser, flags, source):
     """
     actions = {action.dest: action for action in parser._actions}
     for name, value in flags.items():
-        if value is None and parser.get_default(name) is None:
+        if value is None and parser.get_default(name) is None and actions[name].nargs is None:
             continue
         problem = problem_with(value, actions[name])
         if problem:
-            raise InputError(f"{source}: {name} is {str(value)[:60]!r} but {problem}; correct it, "
-                             "or begin without this file")
+            raise InputError(f"{source}: {name} is {shown(value)} but {problem}; correct it, or "
+                             "begin without this file")
+
+
+def shown(value):
+    """The begin of a value as Python writes it, in one line."""
+    return " ".join(repr(value).split())[:60]
 
 
 def problem_with(value, action):
@@ -133,15 +169,6 @@ def check_out_dir(out_dir, **folders):
 
 # ---------------------------------------------------------------------------------------------
 # What is said and shown
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something, and leaves line breaks as they are."""
-
-    def _get_help_string(self, action):
-        if action.default in (None, False) or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
 
 
 def log(message):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torchvision
 
 from support import checkpoints
-from support.cli import InputError, check_out_dir, check_stored, log
+from support.cli import InputError, check_out_dir, check_stored, log, shown
 
 try:
     import fcntl
@@ -40,6 +40,8 @@ OLD_FLAGS = {
 
 
 LOCK = ".train_identity.lock"
+HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
+STOP_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if number]
 # What `replacing` is asked to write in a run's folder and in its samples/, without suffixes.
 WRITTEN = r"last|config|train_results|curves|net[GD]_epoch_\d+_\d+|epoch_\d+"
 
@@ -193,7 +195,8 @@ def read_last(folder):
             progress.get("step") == 0 if history is None else isinstance(history, torch.Tensor)
             and history.is_floating_point() and history.dim() == 2),
         "rows": isinstance(rows, list) and all(
-            isinstance(row, dict) and isinstance(row.get("Seconds"), (int, float)) for row in rows),
+            isinstance(row, dict) and isinstance(row.get(name), (int, float)) for row in rows
+            for name in ("Seconds", "Score_D", "Score_G", "Gradient_ratio")),
         "seconds": isinstance(progress.get("seconds"), (int, float)),
         "flags": isinstance(progress.get("flags"), dict) and all(
             isinstance(name, str) for name in progress["flags"]),
@@ -203,8 +206,8 @@ def read_last(folder):
     }
     for name, is_good in good.items():
         if not is_good:
-            raise InputError(f"{path}: {name} is {str(progress.get(name))[:60]!r}, which no run "
-                             "wrote; put back another last.pt, or begin anew (--overwrite)")
+            raise InputError(f"{path}: {name} is {shown(progress.get(name))}, which no run wrote; "
+                             "put back another last.pt, or begin anew (--overwrite)")
     return state
 
 
@@ -294,10 +297,9 @@ def catch_signals(world):
     gets two from a scheduler, its own and torchrun's: it saves, and torchrun kills it if that takes
     longer than half a minute.
     """
-    caught, known = [], [signal.SIGINT, signal.SIGTERM]
-    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
-    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:
-        known.append(hang_up)
+    caught = []
+    known = [number for number in STOP_SIGNALS
+             if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN]
 
     def note(number, _frame):
         caught.append(number)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from data_utils import (
     ValidDatasetFromFolder,
     check_no_overlap,
     epoch_order,
+    read_image,
     unusable,
 )
 from support.cli import InputError, run_script
@@ -770,6 +772,52 @@ def test_long_messages_from_a_worker_stay_whole():
         with pytest.raises(InputError) as error:
             load_all(Unusable(), workers)
         assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("dtype, scale", [("float32", 1), ("int32", 2 ** 31 - 1), ("int32", 255),
+                                          ("int16", 2 ** 15 - 1)])
+@pytest.mark.parametrize("keep_mode", [False, True])
+def test_what_has_no_known_white_is_refused(tmp_path, dtype, scale, keep_mode):
+    """Floats in [0, 1] and 32-bit numbers were read as black."""
+    picture = (np.linspace(0, 0.99, 1024).reshape(32, 32) * scale).astype(dtype)
+    path = tmp_path / "a.tif"
+    if dtype == "int16":  # Pillow writes none: the tag says that the numbers have a sign
+        Image.fromarray(picture.astype("uint16")).save(path, tiffinfo={339: 2})
+    else:
+        Image.fromarray(picture).save(path)
+    with pytest.raises(InputError, match="a.tif: holds 32-bit or signed pixels"):
+        read_image(path, keep_mode)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    save(noise(16, 16), tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    assert len(TrainDatasetFromFolder(tmp_path, 16, 8)) == 1
+    with pytest.raises(InputError, match="b.png: not a file"):
+        read_image(tmp_path / "b.png")
+    with pytest.raises(InputError, match="c.png: .*No such file"):
+        read_image(tmp_path / "c.png")
+
+
+class Killed(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_line(capfd):
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: load_all(Killed(), 1))
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "--resume" in error
+
+    def other():
+        raise RuntimeError("another")
+
+    with pytest.raises(RuntimeError, match="another"):
+        run_script(other)
 
 
 # ---------------------------------------------------------------------------------------------

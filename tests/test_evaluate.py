@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import evaluate
 from data_utils import ValidDatasetFromFolder
 from model import Discriminator, Generator
 from support import checkpoints
-from support.cli import InputError
+from support.cli import InputError, run_script
 from support.portraits import synthetic_portraits
 
 CPU = torch.device("cpu")
@@ -618,6 +619,33 @@ def test_both_framings_and_the_sweep(checkpoint, tmp_path, monkeypatch, capsys):
             psnr.append(psnr_by_hand(*(np.asarray(image) / 255 for image in (
                 lr.resize(hr.size, Image.BICUBIC), hr))))
         assert table.loc[(sweep, value, "bicubic"), "psnr_y"] == pytest.approx(np.mean(psnr))
+
+
+def test_names_of_any_bytes(checkpoint, tmp_path, capsys):
+    """An older disk's names are Latin-1."""
+    data = save_portraits(tmp_path / "data", [(40, 40)] * 2)
+    (data / "face_0.png").rename(data / os.fsdecode(b"caf\xe9.png"))
+    network = shutil.copy(checkpoint, tmp_path / os.fsdecode(b"r\xe9seau.pth"))
+    run_script(lambda: evaluate.main(
+        ["--checkpoint", str(network), "--data_dir", str(data), "--crop_size", "32",
+         "--face_weights", "random", "--device", "cpu", "--out_dir", str(tmp_path / "out")]))
+    assert "r\\udce9seau" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "out" / "per_image.csv")
+    assert set(table["image"]) == {"caf\\udce9.png", "face_1.png"}
+    assert (tmp_path / "out" / "comparison_crop_32.png").exists()
+
+
+@pytest.mark.parametrize("name, part", [("data", "among photographs"),
+                                        ("data/new", "among photographs"), ("out", "not of this")])
+def test_the_users_pictures_are_not_written_over(checkpoint, tmp_path, name, part):
+    data = save_portraits(tmp_path / "data", [(40, 40)])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "comparison_crop_32.png").write_text("the user's")
+    with pytest.raises(InputError, match=part):
+        evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size",
+                       "32", "--face_weights", "random", "--out_dir", str(tmp_path / name)])
+    assert (tmp_path / "out" / "comparison_crop_32.png").read_text() == "the user's"
+    assert [path.name for path in data.iterdir()] == ["face_0.png"]
 
 
 def test_the_pictures_are_the_best_the_median_and_the_worst(frames):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import prepare_celeba_hq
-from support.cli import InputError
+from support.cli import InputError, run_script
 from support.portraits import synthetic_portraits
 
 ROOT = Path(prepare_celeba_hq.__file__).parent
@@ -212,8 +212,14 @@ def test_a_stopped_run_goes_on(tmp_path, faces, monkeypatch):
         with pytest.raises(InputError, match="the same command goes on"):
             prepare(source, out, 6, 3)
     assert 0 < len(list(out.glob("*/*.png"))) < 9
-    (out / "DIV2K_valid_HR" / ".7.123.tmp.png").write_bytes(b"half a pict")
+    stem = Path(manifest(out)[0]["file"]).stem
+    (out / "DIV2K_valid_HR" / f".{stem}.123.tmp.png").write_bytes(b"half a pict")
+    (out / ".manifest.123.tmp.csv").write_bytes(b"half a manif")
+    users = out / "DIV2K_valid_HR" / ".notes.tmp.png"
+    users.write_bytes(b"the user's")
     prepare(source, out, 6, 3)
+    assert users.read_bytes() == b"the user's"
+    users.unlink()
     assert files(out) == files(tmp_path / "whole")
 
     lost, torn, *kept = sorted(out.glob("*/*.png"))
@@ -228,6 +234,41 @@ def test_a_stopped_run_goes_on(tmp_path, faces, monkeypatch):
     prepare(source, out, 8, 3)  # more training photographs: those already there stay
     assert all(path.stat().st_mtime == 1 for path in kept)
     assert len(list(out.glob("DIV2K_train_HR/*.png"))) == 8
+
+
+def test_no_process_is_left_behind(tmp_path, faces, monkeypatch):
+    """Threads do the work: a process that is killed would be waited for, or outlive its parent."""
+    processes = []
+
+    def make_frame(*args, make=prepare_celeba_hq.make_frame):
+        processes.append(os.getpid())
+        return make(*args)
+
+    monkeypatch.setattr(prepare_celeba_hq, "make_frame", make_frame)
+    prepare(save(tmp_path / "in", faces[:5]), tmp_path / "data", 3, 2)
+    assert processes == [os.getpid()] * 5
+
+
+def test_names_of_any_bytes(tmp_path, faces, capsys):
+    """An older disk's names are Latin-1; the manifest finds them again."""
+    source = save(tmp_path / "in", faces[:5])
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (source / "0.jpg").rename(source / name)
+    (source / "broken\udce9.jpg").write_bytes(b"no picture")
+    for _ in range(2):
+        run_script(lambda: prepare(source, tmp_path / "data", 3, 2))
+    assert "passed by: in/broken\\udce9.jpg: not an image" in capsys.readouterr().out
+    assert (tmp_path / "data" / "manifest.csv").read_bytes().count(b"caf\xe9.png") == 1
+    assert len(list((tmp_path / "data").glob("*/caf*.png"))) == 1
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, faces):
+    source = save(tmp_path / "in", faces[:3])
+    os.mkfifo(source / "pipe.jpg")
+    os.mkfifo(tmp_path / "identity.txt")
+    prepare(source, tmp_path / "data", 2, 1)
+    with pytest.raises(InputError, match="identity.txt"):
+        prepare(source, tmp_path / "data", 2, 1, "--identity_file", str(tmp_path / "identity.txt"))
 
 
 def test_too_few_images_says_what_would_fit(tmp_path, faces):

@@ -332,20 +332,24 @@ def test_help_lists_every_departure_and_few_flags(capsys):
 
 
 @pytest.mark.parametrize("flag", ["--lr=-1e-4", "--gamma=nan", "--lr_d=inf"])
-def test_a_number_out_of_range_names_its_flag(flag, capsys):
-    with pytest.raises(SystemExit):
+def test_a_number_out_of_range_names_its_flag(flag):
+    with pytest.raises(InputError, match=flag.split("=")[0]):
         train_identity.parse([flag])
-    assert f"argument {flag.split('=')[0]}: must be a number from 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script, argv", [
     (train_identity.parse, ["--seed", "-1"]), (train_identity.parse, ["--num_epochs", "0"]),
     (evaluate.parse, ["--seed", "-1"]), (evaluate.parse, ["--batch_size", "0"]),
-    (ablation.parse, ["--seeds", "0", "-1"]), (benchmark.main, ["--rounds", "0"])])
-def test_a_whole_number_out_of_range_names_its_flag(script, argv, capsys):
-    with pytest.raises(SystemExit) as stop:
+    (ablation.parse, ["--seeds", "0", "-1"])])
+def test_a_whole_number_out_of_range_names_its_flag(script, argv):
+    with pytest.raises(InputError, match=f"argument {argv[0]}: must be a whole number from [01]"):
         script(argv)
-    assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_a_whole_number_of_the_benchmark_names_its_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--rounds", "0"])
+    assert stop.value.code == 2 and "--rounds" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without CUDA")
