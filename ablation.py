@@ -21,7 +21,6 @@ from data_utils import load_data
 from loss_identity import PRESETS
 from support import checkpoints, figures, run_folder
 from support.cli import (
-    HelpFormatter,
     InputError,
     Parser,
     log,
@@ -306,7 +305,7 @@ def parse(argv=None):
         description="Train the report's weightings from one warm start with the same seeds and\n"
                     "batches, and compare them. Every other flag goes to train_identity.py, for\n"
                     "all runs alike: --train_dir, --batch_size, --lr, --without, --device, ...",
-        formatter_class=HelpFormatter, allow_abbrev=False,
+        allow_abbrev=False,
         epilog="example: python ablation.py --gamma 3 10 --seeds 0 1 2 --judge casia-webface")
     add = parser.add_argument_group("what").add_argument
     add("--gamma", nargs="+", type=float, default=[],

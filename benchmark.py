@@ -10,7 +10,6 @@ an extra generator and discriminator pass per step, targets computed anew, NCHW,
 losses and mathematics are the same; `tests/test_train.py` compares their losses and updates.
 """
 
-import argparse
 import multiprocessing
 import resource
 import statistics
@@ -29,7 +28,7 @@ import training_step
 from data_utils import CROPS, TrainDatasetFromFolder, ValidDatasetFromFolder
 from loss_identity import adversarial_loss, embed, fake_loss, pixel_loss, real_loss
 from support import checkpoints, figures
-from support.cli import HelpFormatter, InputError, positive, run_script
+from support.cli import InputError, Parser, positive, run_script
 from support.machine import PRECISIONS, choose_device, keep_freed_memory, set_up_machine
 from support.portraits import synthetic_portraits
 
@@ -401,9 +400,8 @@ def report(result):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Times training, validation and data loading, against a reference loop.",
-        formatter_class=HelpFormatter,
         epilog="example: python benchmark.py --json bench.json")
     parser.add_argument("--batch_size", type=positive, default=32, help="images per step")
     parser.add_argument("--crop_size", type=int, default=128, help="HR size in px")

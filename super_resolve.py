@@ -9,7 +9,6 @@ small faces restored, `party_restored.png`. A further input of the same name, fr
 with another suffix, counts on: `face_2`.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from data_utils import list_images, read_image, to_rgb, to_tensor
 from support import checkpoints, figures
-from support.cli import HelpFormatter, InputError, positive, run_script
+from support.cli import InputError, Parser, positive, run_script
 from support.figures import to_image
 from support.machine import DEVICES, choose_device
 
@@ -318,9 +317,8 @@ def load_network(args):
 
 def parse(argv):
     """The command line -> argparse.Namespace."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Upscale small face pictures, or the faces in photographs.",
-        formatter_class=HelpFormatter,
         epilog="example: python super_resolve.py party.jpg --detect --compare --out_dir out")
     parser.add_argument("inputs", nargs="+", help="pictures, and folders of pictures")
 
