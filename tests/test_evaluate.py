@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evaluate
 from data_utils import ValidDatasetFromFolder
-from model import Discriminator, Generator
+from model import Generator
 from support import checkpoints
 from support.cli import InputError, run_script
 from support.portraits import synthetic_portraits
@@ -267,7 +267,7 @@ def test_a_batch_holds_one_size_in_order(frames):
 
 def test_measuring_in_batches_is_measuring_one_by_one(frames):
     torch.manual_seed(0)
-    netG, netD = Generator(4).eval(), Discriminator().eval()
+    netG = Generator(4).eval()
     models = {"bicubic": lambda lr, restored, hr: restored,
               "net": lambda lr, restored, hr: netG(lr), "HR": lambda lr, restored, hr: hr}
     embedders = {"cosine": Embedder(), "cosine_judge": Embedder()}
@@ -280,23 +280,35 @@ def test_measuring_in_batches_is_measuring_one_by_one(frames):
     assert vectors["net", "cosine_judge"].shape == (5, 48)
     assert (batched["image"][batched["model"] == "net"] == [p.name for p in frames.files]).all()
 
+    def mean_levels(hr, sr):  # in a discriminator's place
+        return hr.mean((1, 2, 3)), sr.mean((1, 2, 3))
+
     known = {}
     for _ in range(2):  # what training logs, with HR's embeddings new and then known
-        rows = evaluate.validate(netG.train(), lambda hr, sr: (netD(hr), netD(sr)), frames,
-                                 embedders["cosine"], known, CPU, range(5)).numpy()
+        rows = evaluate.validate(netG.train(), mean_levels, frames, embedders["cosine"], known, CPU,
+                                 range(5)).numpy()
         assert sorted(known) == rows[:, 5].tolist() == [0, 1, 2, 3, 4]
         np.testing.assert_allclose(rows[:, :3], batched[batched["model"] == "net"][
             ["psnr_y", "ssim", "cosine"]], rtol=1e-4)
     with torch.no_grad():
-        logits = [netD(frames[3][2][None]).item(), netD(netG(frames[3][0][None])).item()]
+        sr = netG(frames[3][0][None])
+        logits = [x.item() for x in mean_levels(frames[3][2][None], sr)]
+        np.testing.assert_allclose(vectors["net", "cosine"][list(batched["image"][
+            batched["model"] == "net"]).index(frames.files[3].name)],
+            evaluate.embed(Embedder(), sr)[0], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(rows[3, 3:5], logits, rtol=1e-3, atol=1e-5)
     without = evaluate.validate(netG, None, frames, embedders["cosine"], known, CPU, range(5))
     np.testing.assert_array_equal(without[:, [0, 1, 2, 5]], rows[:, [0, 1, 2, 5]])
     assert without[:, 3:5].isnan().all()
 
-    # networks in bf16, metrics in fp32: SSIM's variances would be lost in bf16
+    # networks in bf16, metrics in fp32: SSIM's variances would be lost in bf16; a judge in fp32
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    seen = {"cosine": [], "cosine_judge": []}
+    for name, embedder in embedders.items():
+        embedder.register_forward_hook(
+            lambda *_, name=name: seen[name].append(torch.is_autocast_enabled("cpu")))
     half, _ = evaluate.measure(models, frames, embedders, 3, CPU, autocast)
+    assert set(seen["cosine"]) == {True} and set(seen["cosine_judge"]) == {False}
     pd.testing.assert_frame_equal(half[half["model"] == "bicubic"],
                                   batched[batched["model"] == "bicubic"], rtol=1e-2)
     for column in ("psnr_y", "ssim"):
@@ -306,6 +318,17 @@ def test_measuring_in_batches_is_measuring_one_by_one(frames):
                              autocast).numpy()
     np.testing.assert_allclose(rows[:, :3], half[half["model"] == "net"][
         ["psnr_y", "ssim", "cosine"]], rtol=1e-4)
+
+
+def test_a_restored_photograph_is_no_training(frames):
+    torch.manual_seed(0)
+    netG = Generator(4)
+    before = netG.state_dict()["skip.1.running_mean"].clone()
+    bicubic, sr, hr = evaluate.restore(netG.train(), frames, 3, CPU)
+    assert torch.equal(netG.state_dict()["skip.1.running_mean"], before)
+    with torch.no_grad():
+        torch.testing.assert_close(sr, netG.eval()(frames[3][0][None])[0])
+    assert torch.equal(bicubic, frames[3][1]) and torch.equal(hr, frames[3][2])
 
 
 def test_summary_has_the_means_and_the_pooled_psnr():

@@ -25,9 +25,11 @@ from conftest import ROOT, TinyFaces
 
 import ablation
 import benchmark
+import data_utils
 import evaluate
 import train_identity
 import training_step
+from data_utils import TrainDatasetFromFolder
 from model import Discriminator
 from support import checkpoints, figures, machine, run_folder
 from support.cli import InputError, run_script
@@ -372,6 +374,7 @@ def test_run_writes_every_promised_file(finished):
     assert table["Epoch"].tolist() == [1, 2] and table["Phase"].tolist() == ["pixel", "gan"]
     gan = table.iloc[1]
     assert 0 < gan["Score_D"] < 1 and 0 < gan["Score_G"] < 1 and 0 <= gan["D_accuracy"] <= 1
+    assert table.loc[0, ["Loss_D", "Adversarial", "Identity"]].isna().all()
     assert math.isnan(gan["Content"]) and gan["Identity"] > 0  # alpha is 0: not computed, not 0
     assert gan["Gradient_ratio"] > 0 and (table["Seconds"] > 0).all()
     config = json.loads((finished / "config.json").read_text())
@@ -523,6 +526,43 @@ def test_every_term_is_learnt_where_an_epoch_is_shorter_than_the_interval(faces,
     assert table["Identity"].notna().tolist() == [False, True, False, False]    # step 4
 
 
+def test_an_epoch_gives_its_steps_what_they_need(faces, tmp_path, monkeypatch):
+    """The weight of terms that only every second step has, its crops, its crops' keys."""
+    steps, epochs, keys = [], [], []
+    set_epoch, step = TrainDatasetFromFolder.set_epoch, training_step.train_step
+
+    def train_step(trainer, lr, hr, targets, gan, perceptual, weight):
+        assert trainer.netG.training and trainer.netD.training
+        steps.append((gan, perceptual, weight))
+        return step(trainer, lr, hr, targets, gan, perceptual, weight)
+
+    monkeypatch.setattr(train_identity, "train_step", train_step)
+    monkeypatch.setattr(TrainDatasetFromFolder, "set_epoch",
+                        lambda self, epoch: epochs.append(epoch) or set_epoch(self, epoch))
+    monkeypatch.setattr(TrainDatasetFromFolder, "keys",
+                        lambda self, indices: keys.extend(indices) or [None] * len(indices))
+    train_identity.main(flags(faces, tmp_path, "--without", "ema"))  # netG itself is validated
+    assert steps == [(False, False, 1)] * 3 + [(False, True, 2), (True, False, 2), (False, True, 2)]
+    assert epochs == [0, 1, 2]
+    assert [keys[:2], keys[2:]] == data_utils.epoch_order(6, 2, 0, 2, 0, 1)[::2]
+
+
+def test_the_average_is_validated_on_frames_and_on_crops(faces, monkeypatch):
+    """D judges crops alone; rows are in the order of the photographs."""
+    seen, trainer = [], small_run("--alpha", "0")[0]
+
+    def validate(netG, discriminate, dataset, *_):
+        seen.append((netG, discriminate is not None, dataset.crop_size))
+        return torch.tensor([[0.0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]])
+
+    monkeypatch.setattr(evaluate, "validate", validate)
+    valid = data_utils.ValidDatasetFromFolder(faces / "valid", 16, 2)
+    results = train_identity.validate_epoch(trainer, True, valid, 0, 1)
+    assert seen == [(trainer.average, False, 0), (trainer.average, True, 16)]
+    assert trainer.average is not trainer.netG
+    assert [rows[:, 5].tolist() for rows in results] == [[0, 1], [0, 1]]
+
+
 @pytest.mark.parametrize("flag, striped", [([], False), (["--without", "stripe_filter"], True)])
 def test_no_update_gives_the_last_convolution_stripes(flag, striped):
     run, lr, hr = small_run("--alpha", "0", *flag)
@@ -568,6 +608,24 @@ def test_a_ratio_that_overflowed_is_left_out_of_the_epochs():
     row = train_identity.epoch_row(run, train_identity.parse([]), {
         "epoch": 80, "history": history, "seconds": 1.0}, np.zeros((2, 2, 6)))
     assert row["Gradient_ratio"] == 0.5
+
+
+def test_a_row_has_the_validations_means_and_ds_accuracy():
+    """D is right about 3 of 4 real (logit above 0) and 1 of 4 generated images."""
+    run, *_ = small_run()
+    frames, crops = np.zeros((2, 4, 6))
+    frames[:, :3], crops[:, :3] = (20, 0.5, 0.7), (22, 0.6, 0.8)
+    crops[:, 3], crops[:, 4] = (1, 2, -1, 3), (1, 2, -1, 3)
+    history = torch.full((3, len(training_step.LOGGED)), 0.5)
+    row = train_identity.epoch_row(run, train_identity.parse([]), {
+        "epoch": 80, "history": history, "seconds": 1.0}, (frames, crops))
+    names = ("PSNR", "SSIM", "Cosine", "PSNR_crop", "SSIM_crop", "Cosine_crop", "D_accuracy")
+    assert [row[name] for name in names] == pytest.approx([20, 0.5, 0.7, 22, 0.6, 0.8, 0.5])
+    crops[:, 4] = -1
+    row = train_identity.epoch_row(run, train_identity.parse([]), {
+        "epoch": 80, "history": history, "seconds": 1.0}, (frames, crops))
+    assert row["D_accuracy"] == (0.75 + 1) / 2
+    assert row["Loss_G"] == pytest.approx(0.5 * (1 + 0.005 + 0.001 + 3))  # gamma is 3 here
 
 
 def test_help_shows_the_defaults_that_are_used(capsys):
