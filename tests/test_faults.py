@@ -444,7 +444,7 @@ def check_usable(args):
     """Whatever a parser lets through must be something to compute with."""
     for name, value in vars(args).items():
         if isinstance(value, float):
-            assert 0 <= value <= 1e6, name
+            assert 0 <= value <= 1e30, name
         elif isinstance(value, int) and not isinstance(value, bool):
             low = 1 if name in ("batch_size", "num_epochs", "save_every") else 0
             assert low <= value < 2 ** 31, name
