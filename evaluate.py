@@ -11,7 +11,6 @@ import argparse
 import math
 import zipfile
 from contextlib import nullcontext
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ from support.cli import (
     HelpFormatter,
     InputError,
     check_out_dir,
-    markdown_table,
     not_negative,
     positive,
     positive_number,
@@ -37,8 +35,8 @@ from support.cli import (
 )
 from support.figures import to_image
 from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
+from support.tables import differences, is_distance, summarise, write_tables
 
-RESAMPLES = 10_000
 BATCH = 20  # images at a time
 EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's
 SCRIPTED = "constants.pkl"  # in TorchScript's
@@ -86,45 +84,14 @@ def gaussian_matrix(n, device):
     return gaussian / sum(math.exp(-d ** 2 / (2 * 1.5 ** 2)) for d in range(-5, 6))
 
 
+def distance(embeddings_a, embeddings_b):
+    """Euclidean distance of embeddings, row by row: (N, D) twice -> (N,)."""
+    return (embeddings_a - embeddings_b).double().norm(dim=1)
+
+
 def cosine(embeddings_a, embeddings_b):
     """Cosine similarity of embeddings, row by row: (N, D) twice -> (N,) in [-1, 1]."""
     return F.cosine_similarity(embeddings_a.float(), embeddings_b.float())
-
-
-def recognition(probes, gallery):
-    """How well faces are recognised: row i of both (n, D) embedding arrays is the same person.
-
-    -> rank-1 and rank-5 identification rate of each probe among the whole gallery, and of all
-    n * n pairs the verification AUC and the TAR at a FAR of 1 %; all in [0, 1].
-    """
-    probes, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (probes, gallery))
-    similarity = probes @ gallery.T  # nan where an embedding is all zeros:
-    genuine = np.nan_to_num(np.diag(similarity), nan=-2)  # such a face is like nobody,
-    similarity = np.nan_to_num(similarity, nan=2)         # and in the way of everybody
-    # gallery faces before the right one; a tie is no identification
-    rank = (similarity >= genuine[:, None]).sum(1) - (genuine > -2)
-    impostors = np.sort(similarity[~np.eye(len(similarity), dtype=bool)])
-    if not len(impostors):  # of a single face nothing can be verified
-        return {"rank1": (rank < 1).mean(), "rank5": (rank < 5).mean(), "auc": np.nan,
-                "tar_at_far_1": np.nan}
-    below = np.searchsorted(impostors, genuine, "left")
-    equal = np.searchsorted(impostors, genuine, "right") - below
-    # accept what exceeds the threshold: at most 1 % of the impostor pairs do
-    threshold = impostors[len(impostors) - 1 - int(0.01 * len(impostors))]
-    return {"rank1": (rank < 1).mean(), "rank5": (rank < 5).mean(),
-            "auc": ((below + equal / 2) / len(impostors)).mean(),
-            "tar_at_far_1": (genuine > threshold).mean()}
-
-
-def bootstrap(values, seed=0, resamples=RESAMPLES):
-    """95 % percentile interval of the mean under resampling of images: (n,) -> (low, high).
-
-    The same seed draws the same images, so that differences of two models' values are paired.
-    """
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=(max(1, resamples // 100), len(values)))].mean(1)
-             for _ in range(100)]  # a hundredth at a time: the draws of 30,000 images fit in memory
-    return tuple(np.percentile(np.concatenate(means), [2.5, 97.5]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,17 +151,21 @@ def validate(netG, discriminate, dataset, face_network, hr_embedding_cache, devi
 
 
 def load_judge(name):
-    """A face network that training never saw, as images (N, 3, H, W) in [0, 1] -> (N, D).
+    """A face network that training never saw: (N, 3, 160, 160) in [-1, 1] -> (N, D).
 
-    `name`: casia-webface, or a TorchScript file that maps (N, 3, 160, 160) in [-1, 1] to
-    embeddings. Such a file is code, which the user trusts. Raises InputError if it cannot be
-    loaded or does not do that.
+    `name`: casia-webface, or a TorchScript file that does that. Such a file is code, which the user
+    trusts. Or dlib, whose network takes (pictures, HR) instead: `dlib_judge.DlibJudge`. Raises
+    InputError if it cannot be loaded or does not do that.
     """
+    if name == "dlib":
+        from support.dlib_judge import load_dlib  # an optional extra
+
+        return load_dlib()
     if name in ("casia-webface", "vggface2", "random"):
         network = load_face_network(name)
     elif not Path(name).is_file():
-        raise InputError(f"--judge {name}: no such file; give casia-webface or the path of a "
-                         "TorchScript file")
+        raise InputError(f"--judge {name}: no such file; give dlib, casia-webface or the path of "
+                         "a TorchScript file")
     else:
         network = load_script(name)
     for n in (1, 3):  # a network with a fixed batch size fails here, not on the last batch
@@ -237,38 +208,46 @@ def check_finite(values, what):
         raise InputError(f"{what} hold NaN or infinite values; take another network")
 
 
+def embed_all(embedders, images, hr, context=nullcontext):
+    """Every network's embeddings of images (N, 3, H, W) that show what HR does: {name: (N, D)}.
+
+    Only the training embedder runs in `context`: a judge may not bear it.
+    """
+    found = {}
+    for name, network in embedders.items():
+        if is_distance(name):  # NaN where HR shows no face
+            found[name] = network(images, hr)
+            continue
+        with context() if name == "cosine" else nullcontext():
+            found[name] = embed(network, images)
+        flag = "--face_weights" if name == "cosine" else "--judge"
+        check_finite(found[name], f"{flag} {getattr(network, 'label', name)}: its embeddings")
+    return found
+
+
 @torch.no_grad()
 def measure(models, dataset, embedders, batch_size, device, context=nullcontext):
     """Every model on every image -> (per-image table, {(model, embedder): (n, D) array}).
 
-    models: {name: function of (LR, bicubic, HR) -> SR}; embedders: {name: network}, the training
-    embedder first, under the name "cosine", then judges. context: what models and training
-    embedder run in, see `machine.autocast`; a judge may not bear it. Raises InputError naming the
-    network that gave a number which is not finite.
+    models: {name: function of (LR, bicubic, HR) -> SR}; embedders: {name: network} of
+    `load_embedders`. context: what models and training embedder run in, see `machine.autocast`.
+    The rows of an image on whose HR a judge of distances finds no face hold NaN there. Raises
+    InputError naming the network that gave a number which is not finite.
     """
-    def embeddings(images):
-        found = {}
-        for name, network in embedders.items():
-            with context() if name == "cosine" else nullcontext():
-                found[name] = embed(network, images)
-            flag = "--face_weights" if name == "cosine" else "--judge"
-            check_finite(found[name], f"{flag} {getattr(network, 'label', name)}: its embeddings")
-        return found
-
     rows, vectors = [], {(m, e): [] for m in models for e in embedders}
     bar = tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=None)
     if not dataset.crop_size:  # frames have the size of four crops
         batch_size = max(1, batch_size // 4)
     for group, lr, restored, hr in batches(dataset, batch_size, device):
-        of_hr = embeddings(hr)
+        of_hr = embed_all(embedders, hr, hr, context)
         for name, model in models.items():
             with context():
                 sr = model(lr, restored, hr).float()
             check_finite(sr, f"{name}: its pictures")
-            of_sr = of_hr if sr is hr else embeddings(sr)
+            of_sr = of_hr if sr is hr else embed_all(embedders, sr, hr, context)
             columns = {"psnr_y": psnr_y(sr, hr), "ssim": ssim(sr, hr)}
             for e in embedders:
-                columns[e] = cosine(of_sr[e], of_hr[e])
+                columns[e] = (distance if is_distance(e) else cosine)(of_sr[e], of_hr[e])
                 vectors[name, e].append(of_sr[e].float().cpu().numpy())
             values = pd.DataFrame({k: v.cpu().double().numpy() for k, v in columns.items()})
             values.insert(0, "image", [dataset.files[i].name for i in group])
@@ -278,77 +257,6 @@ def measure(models, dataset, embedders, batch_size, device, context=nullcontext)
     bar.close()
     table = pd.concat(rows, ignore_index=True)
     return table, {key: np.concatenate(value) for key, value in vectors.items()}
-
-
-def restored_exactly(per_image):
-    """Names of the images whose PSNR-Y is infinite for a model, as a flat picture's is."""
-    infinite = np.isinf(per_image["psnr_y"]) & (per_image["model"] != "HR")
-    return list(per_image["image"][infinite].unique())
-
-
-def summarise(per_image, vectors, seed):
-    """One row per model: means with their 95 % intervals, the pooled PSNR-Y, recognition.
-
-    Pooled is the report's way: the PSNR of the mean squared error over all images. The mean PSNR-Y
-    leaves out what a model restored exactly, for every model.
-    """
-    exact = restored_exactly(per_image)
-    metrics = [c for c in per_image.columns if c not in ("model", "image")]
-    rows = []
-    for name, table in per_image.groupby("model", sort=False):
-        row = {"model": name, "n": len(table)}
-        for metric in metrics:
-            left_out = exact if metric == "psnr_y" else []
-            values = table[metric][~table["image"].isin(left_out)].to_numpy()
-            mean = values.mean() if len(values) else np.nan  # HR's PSNR with itself is infinite
-            low, high = bootstrap(values, seed) if np.isfinite(mean) else (mean, mean)
-            row |= {metric: mean, f"{metric}_low": low, f"{metric}_high": high}
-        mse = np.mean(10 ** (-table["psnr_y"] / 10))
-        row["psnr_y_pooled"] = -10 * np.log10(mse) if mse else np.inf
-        for e in metrics[2:]:
-            rates = recognition(vectors[name, e], vectors["HR", e])
-            suffix = e.removeprefix("cosine")  # of a judge: _casia-webface
-            row |= {f"{rate}{suffix}": value for rate, value in rates.items()}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def differences(per_image, seed):
-    """Every pair of models, metric by metric: the mean paired difference with its interval."""
-    metrics = [c for c in per_image.columns if c not in ("model", "image")]
-    names = [m for m in per_image["model"].unique() if m != "HR"]
-    exact = restored_exactly(per_image)
-    rows = []
-    for a, b in combinations(names, 2):
-        of_a, of_b = (per_image[per_image["model"] == m].set_index("image") for m in (a, b))
-        for metric in metrics:
-            left_out = exact if metric == "psnr_y" else []
-            values = (of_b[metric] - of_a[metric]).drop(left_out).to_numpy()
-            mean = values.mean() if len(values) else np.nan
-            low, high = bootstrap(values, seed) if np.isfinite(mean) else (np.nan, np.nan)
-            rows.append({"model": b, "minus": a, "metric": metric, "difference": mean, "low": low,
-                         "high": high, "larger_than_chance": bool(low > 0 or high < 0)})
-    return pd.DataFrame(rows)
-
-
-def markdown(summary, labels):
-    """The summary as a Markdown table, figures with their intervals, and what measured them."""
-    metrics = [c for c in summary.columns if f"{c}_low" in summary.columns]
-    rates = [c for c in summary.columns if c.startswith(("rank", "auc", "tar"))]
-    head = ["model", "n", *metrics, "psnr_y_pooled", *rates]
-    rows_of_cells = []
-    for _, row in summary.iterrows():
-        cells = [row["model"], str(row["n"])]
-        for metric in metrics:
-            digits = 2 if metric == "psnr_y" else 4
-            cells.append(f"{row[metric]:.{digits}f} [{row[metric + '_low']:.{digits}f}, "
-                         f"{row[metric + '_high']:.{digits}f}]")
-        cells.append(f"{row['psnr_y_pooled']:.2f}")
-        cells += [f"{row[rate]:.3f}" for rate in rates]
-        rows_of_cells.append(cells)
-    measured = "; ".join(f"{name}: {label}" for name, label in labels.items())
-    return "\n".join([*markdown_table(head, rows_of_cells), "",
-                      f"PSNR-Y in dB; [95 % bootstrap interval]; {measured}", ""])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -386,12 +294,16 @@ def as_models(networks, device):
 
 
 def load_embedders(face_weights, judges):
-    """({metric: network}, {metric: what it is}) of the training embedder and of each judge."""
+    """({metric: network}, {metric: what it is}) of the training embedder and of each judge.
+
+    The training embedder comes first, as "cosine"; dlib's metric is "distance_dlib".
+    """
     embedders = {"cosine": load_face_network(face_weights)}
     labels = {"cosine": f"InceptionResnetV1 {embedders['cosine'].label}"}
-    for judge in judges:
-        name = f"cosine_{Path(judge).stem}"
-        if name in embedders or name.endswith(("_low", "_high")):  # the names of intervals
+    for judge in dict.fromkeys(judges):
+        name = "distance_dlib" if judge == "dlib" else f"cosine_{Path(judge).stem}"
+        # names that are taken: of another judge, of its rates, of intervals
+        if judge != "dlib" and (name in embedders or name.endswith(("_dlib", "_low", "_high"))):
             name = f"cosine_{judge}"
         embedders[name] = load_judge(judge)
         labels[name] = getattr(embedders[name], "label", judge)
@@ -442,8 +354,8 @@ def parse(argv=None):
     add("--face_weights", default="vggface2",
         help="embedder of the cosine: vggface2, casia-webface, random, or a state dict's path")
     add("--judge", action="append", default=[], metavar="NAME|PATH",
-        help="a further face network: casia-webface, or a TorchScript file, which is code that "
-             "you must trust; may be repeated")
+        help="a further face network: dlib (requirements-judge.txt), casia-webface, or a "
+             "TorchScript file, which is code that you must trust; may be repeated")
     add("--batch_size", type=positive, default=BATCH, help="images per batch")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     add("--precision", choices=("auto", *PRECISIONS), default="fp32",
@@ -486,31 +398,6 @@ def load_dataset(args, factor):
     return ValidDatasetFromFolder(args.data_dir, room, factor, args.cache_gb, "--data_dir")
 
 
-def write_tables(args, tables, labels):
-    """CSV and Markdown of all framings; prints what a person wants to know.
-
-    tables: {framing: (per image, summary, differences)}.
-    """
-    folder, text = Path(args.out_dir), ""
-    for n, name in enumerate(("per_image", "summary", "differences")):
-        whole = pd.concat([table[n].assign(framing=framing) for framing, table in tables.items()])
-        checkpoints.save_csv(whole[["framing", *whole.columns[:-1]]], folder / f"{name}.csv")
-    for framing, (_, summary, pairs) in tables.items():
-        text += f"## {framing}\n\n{markdown(summary, labels)}\n"
-        text += "".join(
-            f"- {p.model} - {p.minus}: {p.metric} {p.difference:+.4f} [{p.low:+.4f}, "
-            f"{p.high:+.4f}], {verdict(p)}\n" for p in pairs.itertuples()) + "\n"
-    checkpoints.save_text(text, folder / "summary.md")
-    print(text, end="")
-
-
-def verdict(pair):
-    """A row of `differences` in words."""
-    if not pair.larger_than_chance:
-        return "within chance"
-    return "better beyond chance" if pair.difference > 0 else "worse beyond chance"
-
-
 def main(argv=None):
     args = parse(argv)
     device, folder = choose_device(args.device), Path(args.out_dir)
@@ -531,15 +418,12 @@ def main(argv=None):
     for crop_size in args.crop_size:
         name, framing = framing_name(crop_size), dataset.framed(crop_size)
         per_image, vectors = measure(models, framing, embedders, args.batch_size, device, context)
-        if exact := restored_exactly(per_image):
-            print(f"{name}: left out of PSNR-Y, being restored without any error by a model: "
-                  f"{', '.join(exact)}")
         summary = summarise(per_image, vectors, args.seed).assign(
             networks="; ".join(labels.values()))
         tables[name] = per_image, summary, differences(per_image, args.seed)
         figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *models],
                                 picture_rows(models, framing, per_image, device))
-    write_tables(args, tables, labels)
+    write_tables(folder, tables, labels)
     if args.shift or args.scale:
         table = sweep(models, dataset, args, embedders["cosine"], device, context)
         checkpoints.save_csv(table, folder / "sweep.csv")
