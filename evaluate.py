@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from data_utils import VALID_DIR, ValidDatasetFromFolder
+from data_utils import VALID_DIR, ValidDatasetFromFolder, list_images
 from loss_identity import embed, load_face_network
 from support import checkpoints, figures
 from support.cli import (
@@ -35,7 +35,8 @@ from support.cli import (
 )
 from support.figures import to_image
 from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
-from support.tables import differences, is_distance, summarise, write_tables
+from support.tables import differences, is_distance, summarise, write_people, write_tables
+from support.verification import pair_rates, read_pairs, recognition, similarity
 
 BATCH = 20  # images at a time
 EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's
@@ -260,6 +261,96 @@ def measure(models, dataset, embedders, batch_size, device, context=nullcontext)
 
 
 # ---------------------------------------------------------------------------------------------
+# Against another photograph of the same person
+
+
+def files_of_pairs(args):
+    """Photographs of --pairs -> (paths, (n, 2) their indices, (n, 2) people, (n,) folds).
+
+    Picture 1 of name lies at DATA_DIR/name/name_0001 with any suffix. Raises InputError naming
+    what is missing.
+    """
+    pairs = read_pairs(args.pairs)
+    pictures = sorted({picture for _, *pair in pairs for picture in pair})
+    names = sorted({name for name, _ in pictures})
+    found = {name: {path.stem: path for path in list_images(Path(args.data_dir, name),
+                                                            "--data_dir")} for name in names}
+    stems = [(name, f"{name}_{number:04d}") for name, number in pictures]
+    if missing := [f"{name}/{stem}" for name, stem in stems if stem not in found[name]]:
+        raise InputError(f"--pairs {args.pairs}: {len(missing)} of its photographs are not in "
+                         f"--data_dir {args.data_dir}: {', '.join(missing[:5])}")
+    place = {picture: i for i, picture in enumerate(pictures)}
+    return ([found[name][stem] for name, stem in stems],
+            np.array([[place[picture] for picture in pair] for _, *pair in pairs]),
+            np.array([[names.index(name) for name, _ in pair] for _, *pair in pairs]),
+            np.array([fold for fold, *_ in pairs]))
+
+
+def files_of_gallery(folder):
+    """Photographs of --gallery, a folder per person -> (paths, (n,) people as numbers from 0)."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--gallery {folder}: no such folder; give one with a folder per person")
+    people = sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != ".")
+    files = [list_images(person, "--gallery") for person in people]
+    if len(people) < 2 or max(map(len, files)) < 2:
+        raise InputError(f"--gallery {folder}: must hold a folder for each of two or more people, "
+                         "with two or more photographs of somebody")
+    return [path for of_one in files for path in of_one], np.repeat(np.arange(len(people)),
+                                                                    [*map(len, files)])
+
+
+def score_pairs(probes, references, by_distance, pairs, people, fold, seed):
+    """`verification.pair_rates`, the first picture of a pair restored, the second HR.
+
+    probes, references: (n, D) embeddings of all pictures, SR and HR. Pairs in which a judge of
+    distances does not see a face are left out; "n" counts the others.
+    """
+    seen = np.isfinite(references[pairs]).all((1, 2))
+    if len(np.unique(fold[seen])) < 2:
+        raise InputError("--judge dlib: finds no faces in all folds but one; leave it out")
+    pairs = pairs[seen]
+    scores = similarity(probes[pairs[:, 0]], references[pairs[:, 1]], by_distance, paired=True)
+    return {"n": seen.sum()} | pair_rates(scores, people[seen], fold[seen], seed=seed)
+
+
+def score_gallery(probes, references, by_distance, person, seed):
+    """`verification.recognition` of all people's photographs but the first, which is the gallery.
+
+    probes, references: (n, D) embeddings of SR and HR, sorted by person; person: (n,). Photographs
+    in which a judge of distances does not see a face are left out; "n" counts the probes.
+    """
+    seen = np.flatnonzero(np.isfinite(references).all(1))
+    _, first, number = np.unique(person[seen], return_index=True, return_inverse=True)
+    rest = np.setdiff1d(np.arange(len(seen)), first)
+    scores = similarity(probes[seen[rest]], references[seen[first]], by_distance)
+    return {"n": len(rest)} | recognition(scores, number[rest], (0.01, 0.001), seed)
+
+
+def compare_people(args, models, factor, embedders, labels, device, context):
+    """--pairs and --gallery: every model's probes against HR of another photograph; writes tables.
+
+    The model HR is the ceiling, bicubic the floor.
+    """
+    rows = []
+    for protocol, source in (("pairs", args.pairs), ("gallery", args.gallery)):
+        if not source:
+            continue
+        files, *of_pairs = (files_of_pairs(args) if protocol == "pairs" else
+                            files_of_gallery(source))
+        room = max(size - size % factor for size in args.crop_size)
+        dataset = ValidDatasetFromFolder(source, room, factor, args.cache_gb, files=files)
+        for size in dict.fromkeys(size - size % factor for size in args.crop_size):
+            _, vectors = measure(models, dataset.framed(size), embedders, args.batch_size, device,
+                                 context)
+            score = score_pairs if protocol == "pairs" else score_gallery
+            rows += [{"protocol": protocol, "framing": framing_name(size), "judge": judge,
+                      "model": model, **score(vectors[model, judge], vectors["HR", judge],
+                                              is_distance(judge), *of_pairs, args.seed)}
+                     for judge in embedders for model in models]
+    write_people(Path(args.out_dir), rows, labels)
+
+
+# ---------------------------------------------------------------------------------------------
 # The script
 
 
@@ -348,6 +439,12 @@ def parse(argv=None):
     add("--shift", type=int, nargs="+", default=[], metavar="PX",
         help="also measure the gain over bicubic on crops that many px right of and below the "
              "centre (sweep.csv, sweep.png)")
+    add("--pairs", metavar="TXT",
+        help="instead: verification of restored faces against other photographs of the same "
+             "people, listed as in LFW's pairs.txt, at DATA_DIR/name/name_0001.jpg")
+    add("--gallery", metavar="FOLDER",
+        help="instead: identification of restored faces; a folder of photographs per person, the "
+             "first of each is the gallery")
     add("--scale", type=positive_number, nargs="+", default=[], metavar="F",
         help="also on whole frames, and the faces in them, F times as large")
     add = parser.add_argument_group("how").add_argument
@@ -406,7 +503,8 @@ def main(argv=None):
     if strangers and not (folder / "per_image.csv").exists():
         raise InputError(f"{strangers[0]} is not of this script; choose another --out_dir")
     models, factor = load_models(args, device)
-    dataset = load_dataset(args, factor)
+    people = args.pairs or args.gallery
+    dataset = None if people else load_dataset(args, factor)
     embedders, labels = load_embedders(args.face_weights, args.judge)
     for network in embedders.values():
         network.to(device)
@@ -415,6 +513,9 @@ def main(argv=None):
     if precision != "fp32":
         labels["cosine"] += f"; generators and it computed in {precision}"
     context, tables = autocast(device, precision), {}
+    if people:
+        compare_people(args, models, factor, embedders, labels, device, context)
+        return
     for crop_size in args.crop_size:
         name, framing = framing_name(crop_size), dataset.framed(crop_size)
         per_image, vectors = measure(models, framing, embedders, args.batch_size, device, context)

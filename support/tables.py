@@ -164,6 +164,29 @@ def difference_lines(pairs):
     return "\n".join(lines) + "\n" * bool(lines)
 
 
+def write_people(folder, rows, labels):
+    """people.csv and people.md in `folder`: recognition against other photographs; printed, too.
+
+    rows: dicts with protocol, framing, judge, model, n and {rate: (value, low, high)}.
+    """
+    text = ""
+    for key in dict.fromkeys((row["protocol"], row["framing"], row["judge"]) for row in rows):
+        of_key = [row for row in rows if (row["protocol"], row["framing"], row["judge"]) == key]
+        rates = [name for name, value in of_key[0].items() if isinstance(value, tuple)]
+        cells = [[row["model"], row["n"], *("{:.3f} [{:.3f}, {:.3f}]".format(*row[rate])
+                                            for rate in rates)] for row in of_key]
+        text += "\n".join([f"## {key[0]}, {key[1]}, {key[2]}", "", labels[key[2]], "",
+                           *markdown_table(["model", "n", *rates], cells), "", ""])
+    text += ("Probes are restored, their counterparts are HR of another photograph; n: pairs, or "
+             "probes of the gallery; FAR in per cent; [95 % bootstrap interval of people]\n")
+    flat = [{name: value for name, value in row.items() if not isinstance(value, tuple)}
+            | {f"{rate}{end}": value for rate, values in row.items() if isinstance(values, tuple)
+               for end, value in zip(("", "_low", "_high"), values)} for row in rows]
+    checkpoints.save_csv(pd.DataFrame(flat), folder / "people.csv")
+    checkpoints.save_text(text, folder / "people.md")
+    print(text, end="")
+
+
 def write_tables(folder, tables, labels):
     """CSV and Markdown of all framings in `folder`; prints what a person wants to know.
 

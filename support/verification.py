@@ -1,25 +1,32 @@
-"""How well faces are recognised: identification, verification, LFW's protocol. NumPy alone.
+"""How well faces are recognised: identification, verification, LFW's protocol.
 
 A similarity is a cosine, or minus a distance. Intervals come from drawing people, not pictures,
 again: a person's pictures, and the pairs that one is part of, are not independent.
 """
 
+from pathlib import Path
+
 import numpy as np
+
+from support.cli import InputError
 
 RESAMPLES = 1_000  # of people; each costs a look at all impostor pairs
 
 
-def similarity(probes, gallery, by_distance=False):
+def similarity(probes, gallery, by_distance=False, paired=False):
     """Embeddings (n, D), (m, D) -> (n, m): cosines, or minus the Euclidean distances.
 
-    NaN where an embedding is none: NaN, or for a cosine all zeros.
+    paired: of row i with row i alone, (n,). NaN where an embedding is none: NaN, or for a cosine
+    all zeros.
     """
     probes, gallery = (np.asarray(x, np.float64) for x in (probes, gallery))
-    if by_distance:  # row by row: |a|^2 + |b|^2 - 2ab loses digits where a is almost b
+    if by_distance:  # |a|^2 + |b|^2 - 2ab would lose the digits where a is almost b
+        if paired:
+            return -np.linalg.norm(probes - gallery, axis=1)
         return -np.stack([np.linalg.norm(gallery - probe, axis=1) for probe in probes])
     with np.errstate(invalid="ignore"):
         probes, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (probes, gallery))
-    return probes @ gallery.T
+    return (probes * gallery).sum(1) if paired else probes @ gallery.T
 
 
 def verification(genuine, impostors, fars):
@@ -106,6 +113,40 @@ def with_intervals(names, rates, n_people, seed, resamples=RESAMPLES):
 # LFW's protocol
 
 
+def read_pairs(path):
+    """pairs.txt as LFW has it -> [(fold, (name, number), (name, number)), ...].
+
+    The first line holds the number of folds and of pairs of either kind in each; then come, fold
+    by fold, lines "name 1 2" of one person and lines "name 1 other 3" of two. Raises InputError
+    naming the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise InputError(f"--pairs {path}: {reason}; give a list in the format of LFW's "
+                         "pairs.txt") from None
+    lines = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
+    _, head = lines[0] if lines else (0, [])
+    if len(head) != 2 or not all(word.isdecimal() and int(word) for word in head) or head[0] == "1":
+        raise InputError(f"--pairs {path}: the first line must hold the number of folds, two or "
+                         "more, and of pairs of either kind in each, as LFW's \"10 300\"")
+    folds, size = map(int, head)
+    if len(lines) - 1 != 2 * folds * size:
+        raise InputError(f"--pairs {path}: {len(lines) - 1} pairs, but the first line announces "
+                         f"2 x {folds} x {size}")
+    pairs = []
+    for place, (number, words) in enumerate(lines[1:]):
+        of_one = place % (2 * size) < size
+        first, second = words[:2], [words[0], words[-1]] if of_one else words[2:]
+        good = len(words) == (3 if of_one else 4) and (words[0] != words[2] or of_one)
+        if not good or not (first[1].isdecimal() and second[1].isdecimal()):
+            raise InputError(f"--pairs {path}, line {number}: must be "
+                             + ("\"name 1 2\"" if of_one else "\"name 1 other 3\""))
+        pairs.append((place // (2 * size), *((name, int(n)) for name, n in (first, second))))
+    return pairs
+
+
 def best_threshold(scores, is_genuine):
     """The threshold that decides most pairs right: a pair above it is taken for one person.
 
@@ -133,16 +174,15 @@ def decided_right(scores, is_genuine, fold):
     return right
 
 
-def pair_rates(scores, pairs, n_people, fars=(0.01, 0.001), seed=0, resamples=RESAMPLES):
+def pair_rates(scores, people, fold, fars=(0.01, 0.001), seed=0, resamples=RESAMPLES):
     """Rates of a list of pairs: {rate: (value, low, high)} with 95 % bootstrap intervals.
 
-    scores: (n,) similarities; pairs: {"people": (n, 2) numbers of people, "fold": (n,)}. "accuracy"
-    is the mean over the folds, each with the threshold of the others; "auc" and the TARs are of all
-    pairs together.
+    scores: (n,) similarities, NaN where an embedding is none, which decides a pair wrong; people:
+    (n, 2), whose pictures they are, as numbers from 0; fold: (n,), at least two. "accuracy" is the
+    mean over the folds, each with the threshold of the others; "auc" and the TARs are of all pairs.
     """
-    people, fold = np.asarray(pairs["people"]), np.asarray(pairs["fold"])
     is_genuine = people[:, 0] == people[:, 1]
-    scores = np.where(np.isfinite(scores), scores, np.where(is_genuine, -1e9, 1e9))
+    scores = np.where(np.isnan(scores), np.where(is_genuine, -1e9, 1e9), scores)
     right = decided_right(scores, is_genuine, fold)
     verify = verification(scores[is_genuine], scores[~is_genuine], fars)
     _, number, size = np.unique(fold, return_inverse=True, return_counts=True)
@@ -155,4 +195,4 @@ def pair_rates(scores, pairs, n_people, fars=(0.01, 0.001), seed=0, resamples=RE
         return [accuracy, *verify(drawn[is_genuine], drawn[~is_genuine])]
 
     names = ["accuracy", "auc", *(f"tar_at_far_{100 * far:g}" for far in fars)]
-    return with_intervals(names, rates, n_people, seed, resamples)
+    return with_intervals(names, rates, people.max() + 1, seed, resamples)
