@@ -9,7 +9,6 @@ training never saw, 95 % bootstrap intervals, and paired differences between mod
 
 import argparse
 import math
-import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from data_utils import VALID_DIR, ValidDatasetFromFolder, list_images
+from data_utils import VALID_DIR, ValidDatasetFromFolder, list_images, read_image, to_tensor
 from loss_identity import embed, load_face_network
 from support import checkpoints, figures
 from support.cli import (
@@ -33,14 +32,13 @@ from support.cli import (
     run_script,
     weight,
 )
-from support.figures import to_image
+from support.figures import save_image, to_image
 from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
 from support.tables import differences, is_distance, summarise, write_people, write_tables
+from support.torchscript import load_script
 from support.verification import pair_rates, read_pairs, recognition, similarity
 
 BATCH = 20  # images at a time
-EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's
-SCRIPTED = "constants.pkl"  # in TorchScript's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -182,27 +180,6 @@ def load_judge(name):
     return network
 
 
-def load_script(path):
-    """A TorchScript file -> the network in eval mode. Raises InputError naming --judge."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inside = {Path(entry).name for entry in archive.namelist()}
-    except (OSError, zipfile.BadZipFile):
-        inside = set()
-    if inside & EXPORTED or Path(path).suffix == ".pt2":
-        # torch.export.load unpickles and opens libraries that lie in the archive
-        raise InputError(f"--judge {path}: a torch.export archive, which can run any program when "
-                         "it is opened; save the network with torch.jit.save instead")
-    try:
-        if SCRIPTED not in inside:
-            raise ValueError("no TorchScript")
-        network = torch.jit.load(path, map_location="cpu").eval()
-    except Exception:  # the loader raises what it likes
-        raise InputError(f"--judge {path}: not a TorchScript file that can be loaded") from None
-    network.label = path
-    return network
-
-
 def check_finite(values, what):
     """Raise InputError if a tensor holds NaN or infinite values: any score of them would lie."""
     if not values.isfinite().all():
@@ -226,14 +203,21 @@ def embed_all(embedders, images, hr, context=nullcontext):
     return found
 
 
+def pictures_of(model, lr, restored, hr, paths):
+    """A model's pictures of a batch (N, 3, H, W); a folder's are those restored from `paths`."""
+    if isinstance(model, dict):
+        return torch.stack([to_tensor(read_image(model[path])) for path in paths]).to(hr.device)
+    return model(lr, restored, hr).float()
+
+
 @torch.no_grad()
 def measure(models, dataset, embedders, batch_size, device, context=nullcontext):
     """Every model on every image -> (per-image table, {(model, embedder): (n, D) array}).
 
-    models: {name: function of (LR, bicubic, HR) -> SR}; embedders: {name: network} of
-    `load_embedders`. context: what models and training embedder run in, see `machine.autocast`.
-    The rows of an image on whose HR a judge of distances finds no face hold NaN there. Raises
-    InputError naming the network that gave a number which is not finite.
+    models: {name: function of (LR, bicubic, HR) -> SR, or what `find_restored` found}; embedders:
+    {name: network} of `load_embedders`. context: what models and training embedder run in, see
+    `machine.autocast`. The rows of an image on whose HR a judge of distances finds no face hold NaN
+    there. Raises InputError naming the network that gave a number which is not finite.
     """
     rows, vectors = [], {(m, e): [] for m in models for e in embedders}
     bar = tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=None)
@@ -243,7 +227,7 @@ def measure(models, dataset, embedders, batch_size, device, context=nullcontext)
         of_hr = embed_all(embedders, hr, hr, context)
         for name, model in models.items():
             with context():
-                sr = model(lr, restored, hr).float()
+                sr = pictures_of(model, lr, restored, hr, [dataset.files[i] for i in group])
             check_finite(sr, f"{name}: its pictures")
             of_sr = of_hr if sr is hr else embed_all(embedders, sr, hr, context)
             columns = {"psnr_y": psnr_y(sr, hr), "ssim": ssim(sr, hr)}
@@ -351,6 +335,65 @@ def compare_people(args, models, factor, embedders, labels, device, context):
 
 
 # ---------------------------------------------------------------------------------------------
+# Pictures that something else restored
+
+
+def stems_of(dataset):
+    """{file name without its suffix: index} of all photographs; raises InputError if two share."""
+    stems = {path.stem: i for i, path in enumerate(dataset.files)}
+    for i, path in enumerate(dataset.files):
+        if stems[path.stem] != i:
+            raise InputError(f"--data_dir: {path.name} and {dataset.files[stems[path.stem]].name} "
+                             "differ in their suffix alone; rename one of them")
+    return stems
+
+
+def export_lr(dataset, crop_sizes, folder):
+    """Write every LR picture to FOLDER/crop_128/ and the like, a PNG named like its photograph."""
+    for size in crop_sizes:
+        framing, inside = dataset.framed(size), Path(folder, framing_name(size))
+        for stem, i in stems_of(dataset).items():
+            save_image(to_image(framing[i][0]), inside / f"{stem}.png")
+    print(f"wrote the LR pictures to {folder}/; score what is restored from them with --restored "
+          "NAME=FOLDER")
+
+
+def find_restored(text, dataset):
+    """--restored's NAME=FOLDER -> {path of a photograph: path of its restored picture}.
+
+    The pictures lie in FOLDER/crop_128/ and the like, or else in FOLDER itself. Raises InputError
+    naming what is missing or has another size than HR.
+    """
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"--restored {text}: give NAME=FOLDER, such as waifu2x=restored/waifu2x")
+    inside = Path(folder, framing_name(dataset.crop_size))
+    folder = inside if inside.is_dir() else Path(folder)
+    found = {path.stem: path for path in list_images(folder, "--restored")}
+    stems = stems_of(dataset)
+    if missing := sorted(stems.keys() - found.keys()):
+        raise InputError(f"--restored {name}: {folder} lacks {len(missing)} of {len(stems)} "
+                         f"pictures: {', '.join(missing[:5])}; restore what --export_lr wrote")
+    for stem, index in stems.items():
+        height, width = dataset[index][2].shape[1:]
+        if (size := read_image(found[stem]).size) != (width, height):
+            raise InputError(f"{found[stem]}: {size[0]}x{size[1]} px, but HR has {width}x{height} "
+                             f"in {framing_name(dataset.crop_size)}; restore what --export_lr "
+                             "wrote, or leave out that --crop_size")
+    return {dataset.files[index]: found[stem] for stem, index in stems.items()}
+
+
+def with_restored(models, texts, dataset):
+    """`models` and, behind bicubic, what --restored names, for one framing."""
+    others = {}
+    for text in texts:
+        if (name := text.partition("=")[0]) in models | others:
+            raise InputError(f"--restored {text}: {name} is taken; choose another name")
+        others[name] = find_restored(text, dataset)
+    return {"bicubic": models["bicubic"]} | others | models
+
+
+# ---------------------------------------------------------------------------------------------
 # The script
 
 
@@ -411,10 +454,12 @@ def picture_rows(models, dataset, per_image, device):
     names = [path.name for path in dataset.files]
     rows = []
     for label, image in list(picks.items())[:n]:
-        _, lr, restored, hr = next(batches(dataset, 1, device, [names.index(image)]))
+        index = names.index(image)
+        _, lr, restored, hr = next(batches(dataset, 1, device, [index]))
         row = {"label": label, "images": [to_image(lr[0])], "captions": [""]}
         for name, model in models.items():
-            row["images"].append(to_image(model(lr, restored, hr)[0]))
+            pictures = pictures_of(model, lr, restored, hr, [dataset.files[index]])
+            row["images"].append(to_image(pictures[0]))
             scores = per_image[(per_image["model"] == name) & (per_image["image"] == image)].iloc[0]
             row["captions"].append("" if name == "HR" else
                                    f"cos {scores['cosine']:.2f}  {scores['psnr_y']:.1f} dB")
@@ -433,6 +478,12 @@ def parse(argv=None):
         help="generators to evaluate (default: the shipped one)")
     add("--blend", action="append", default=[], metavar="B.pth:0.3",
         help="also 0.7 of the first checkpoint's weights and 0.3 of B's; may be repeated")
+    add("--restored", action="append", default=[], metavar="NAME=FOLDER",
+        help="also pictures that something else restored, named like the photographs; may be "
+             "repeated")
+    add("--export_lr", metavar="FOLDER",
+        help="instead: write the LR pictures, the inputs for that, to FOLDER/crop_128/ and the "
+             "like")
     add("--data_dir", default=VALID_DIR, help="folder of photographs")
     add("--crop_size", type=not_negative, nargs="+", default=[128, 0],
         help="HR sizes in px of the centre crops to measure; 0: whole frames, as the report's code")
@@ -495,35 +546,22 @@ def load_dataset(args, factor):
     return ValidDatasetFromFolder(args.data_dir, room, factor, args.cache_gb, "--data_dir")
 
 
-def main(argv=None):
-    args = parse(argv)
-    device, folder = choose_device(args.device), Path(args.out_dir)
-    check_out_dir(args.out_dir, data_dir=args.data_dir)
-    strangers = [*folder.glob("comparison_*.png"), *folder.glob("sweep.png")]
-    if strangers and not (folder / "per_image.csv").exists():
-        raise InputError(f"{strangers[0]} is not of this script; choose another --out_dir")
-    models, factor = load_models(args, device)
-    people = args.pairs or args.gallery
-    dataset = None if people else load_dataset(args, factor)
-    embedders, labels = load_embedders(args.face_weights, args.judge)
-    for network in embedders.values():
-        network.to(device)
+def compare_models(args, models, dataset, embedders, labels, device, context):
+    """Every model on every framing, and on those of --shift and --scale; writes tables, pictures.
 
-    precision = fast_precision(device) if args.precision == "auto" else args.precision
-    if precision != "fp32":
-        labels["cosine"] += f"; generators and it computed in {precision}"
-    context, tables = autocast(device, precision), {}
-    if people:
-        compare_people(args, models, factor, embedders, labels, device, context)
-        return
-    for crop_size in args.crop_size:
-        name, framing = framing_name(crop_size), dataset.framed(crop_size)
-        per_image, vectors = measure(models, framing, embedders, args.batch_size, device, context)
+    embedders, labels: of `load_embedders`.
+    """
+    folder, tables = Path(args.out_dir), {}
+    framings = [dataset.framed(size) for size in args.crop_size]
+    of_framing = [with_restored(models, args.restored, framing) for framing in framings]
+    for framing, shown in zip(framings, of_framing):
+        name = framing_name(framing.crop_size)
+        per_image, vectors = measure(shown, framing, embedders, args.batch_size, device, context)
         summary = summarise(per_image, vectors, args.seed).assign(
             networks="; ".join(labels.values()))
         tables[name] = per_image, summary, differences(per_image, args.seed)
-        figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *models],
-                                picture_rows(models, framing, per_image, device))
+        figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *shown],
+                                picture_rows(shown, framing, per_image, device))
     write_tables(folder, tables, labels)
     if args.shift or args.scale:
         table = sweep(models, dataset, args, embedders["cosine"], device, context)
@@ -532,6 +570,41 @@ def main(argv=None):
         print(table.round(4).to_string(index=False))
     print(f"wrote summary.csv, summary.md, differences.csv, per_image.csv, comparison_*.png"
           f"{' and sweep.*' * bool(args.shift or args.scale)} to {folder}/")
+
+
+def check_outputs(args):
+    """Raise InputError where an output would lie among photographs or over another's files."""
+    folders = {"gallery": args.gallery} if args.gallery else {"data_dir": args.data_dir}
+    check_out_dir(args.out_dir, **folders)
+    if args.export_lr:
+        check_out_dir(args.export_lr, "--export_lr", **folders)
+    folder = Path(args.out_dir)
+    strangers = [*folder.glob("comparison_*.png"), *folder.glob("sweep.png")]
+    if strangers and not (folder / "per_image.csv").exists():
+        raise InputError(f"{strangers[0]} is not of this script; choose another --out_dir")
+    if (args.pairs or args.gallery) and (args.restored or args.export_lr):
+        raise InputError("--restored and --export_lr: leave them out beside --pairs and --gallery")
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = choose_device(args.device)
+    check_outputs(args)
+    models, factor = load_models(args, device)
+    if args.export_lr:
+        return export_lr(load_dataset(args, factor), args.crop_size, args.export_lr)
+    of_people = args.pairs or args.gallery
+    dataset = None if of_people else load_dataset(args, factor)
+    embedders, labels = load_embedders(args.face_weights, args.judge)
+    for network in embedders.values():
+        network.to(device)
+    precision = fast_precision(device) if args.precision == "auto" else args.precision
+    if precision != "fp32":
+        labels["cosine"] += f"; generators and it computed in {precision}"
+    context = autocast(device, precision)
+    if of_people:
+        return compare_people(args, models, factor, embedders, labels, device, context)
+    compare_models(args, models, dataset, embedders, labels, device, context)
 
 
 if __name__ == "__main__":

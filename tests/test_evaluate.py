@@ -647,3 +647,49 @@ def test_what_the_script_cannot_use(checkpoint, tmp_path):
         with pytest.raises(InputError, match=part):
             evaluate.main(["--data_dir", str(data), *argv, *rest])
     assert not Path(tmp_path / "out").exists()
+
+
+def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_path, monkeypatch,
+                                                              capsys):
+    """Pillow's bicubic, restored elsewhere from the written files, scores as our bicubic does."""
+    monkeypatch.setattr(evaluate, "load_face_network",
+                        lambda name: setattr(network := Embedder(), "label", name) or network)
+    data, lr = save_portraits(tmp_path / "data", [(48, 40)] * 3), tmp_path / "lr"
+    rest = ["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size", "32", "0",
+            "--device", "cpu", "--out_dir", str(tmp_path / "out")]
+    evaluate.main([*rest, "--export_lr", str(lr)])
+    assert "--restored" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    for framing, size in (("crop_32", (8, 8)), ("whole_frames", (12, 10))):
+        assert sorted(p.name for p in (lr / framing).iterdir()) == [f"face_{i}.png"
+                                                                    for i in range(3)]
+        (tmp_path / "other" / framing).mkdir(parents=True)
+        for path in (lr / framing).iterdir():
+            picture = Image.open(path)
+            assert picture.size == size and picture.mode == "RGB"
+            picture = picture.resize((4 * size[0], 4 * size[1]), Image.BICUBIC)
+            picture.save(tmp_path / "other" / framing / f"{path.stem}.bmp")  # any suffix
+
+    evaluate.main([*rest, "--restored", f"other={tmp_path / 'other'}"])
+    table = pd.read_csv(tmp_path / "out" / "summary.csv").set_index(["framing", "model"])
+    for framing in ("crop_32", "whole_frames"):
+        assert list(table.loc[framing].index) == ["bicubic", "other", checkpoint.stem, "HR"]
+        figures = ["n", "psnr_y", "ssim_low", "cosine", "rank1_high"]
+        np.testing.assert_allclose(table.loc[(framing, "other"), figures].astype(float),
+                                   table.loc[(framing, "bicubic"), figures].astype(float),
+                                   rtol=1e-6)
+
+    crops = tmp_path / "other" / "crop_32"  # a folder without subfolders is of all framings
+    with pytest.raises(InputError, match="32x32 px, but HR has 48x40 in whole_frames"):
+        evaluate.main([*rest, "--restored", f"other={crops}"])
+    (crops / "face_1.bmp").unlink()
+    with pytest.raises(InputError, match="lacks 1 of 3 pictures: face_1"):
+        evaluate.main([*rest, "--restored", f"other={tmp_path / 'other'}"])
+    for text, said in (("other", "NAME=FOLDER"), ("HR=" + str(lr), "HR is taken"),
+                       ("other=" + str(tmp_path / "no"), "--restored")):
+        with pytest.raises(InputError, match=said):
+            evaluate.main([*rest, "--restored", text])
+    with pytest.raises(InputError, match="--export_lr .* among photographs"):
+        evaluate.main([*rest, "--export_lr", str(data / "lr")])
+    Image.new("RGB", (48, 40)).save(data / "face_1.jpg")
+    with pytest.raises(InputError, match="face_1.* differ in their suffix alone"):
+        evaluate.main([*rest, "--export_lr", str(lr)])
