@@ -78,6 +78,23 @@ def test_weights_are_repetitions():
     assert np.isnan(verify(np.zeros(30, int), np.ones(200, int))).all()
 
 
+def test_intervals_by_force():
+    """Every draw of people written out: those drawn twice bring their pairs twice."""
+    rng, n = np.random.default_rng(3), 12
+    scores = rng.normal(0, 1, (n, n)) + np.eye(n)
+    rng, drawn = np.random.default_rng(7), []
+    for _ in range(60):
+        who = rng.integers(n, size=n)
+        impostors = np.array([scores[a, b] for a in who for b in who if a != b])
+        rank = np.array([(scores[a] > scores[a, a]).sum() for a in who])  # the gallery stays
+        drawn.append([(rank < 1).mean(), (rank < 5).mean(),
+                      *rates_by_force(scores[who, who], impostors, 0.1)])
+    rates = recognition(scores, fars=(0.1,), seed=7, resamples=60)
+    bounds = np.percentile(drawn, [2.5, 97.5], axis=0).T
+    for (_, low, high), expected in zip(rates.values(), bounds):
+        assert (low, high) == pytest.approx(tuple(expected))
+
+
 def test_intervals_of_rank1_are_the_binomial_ones():
     """40 people, 30 recognised: Binomial(40, 3/4) / 40."""
     scores = np.eye(40) + np.where(np.arange(40) < 10, 2, 0)[:, None] * (1 - np.eye(40))
