@@ -19,7 +19,7 @@ import evaluate
 import train_identity
 from data_utils import load_data
 from loss_identity import PRESETS
-from support import checkpoints, figures, run_folder
+from support import checkpoints, figures, run_folder, tables
 from support.cli import (
     InputError,
     Parser,
@@ -30,6 +30,7 @@ from support.cli import (
     run_script,
 )
 from support.machine import fast_precision, keep_freed_memory, set_up_machine
+from support.statistics import RESAMPLES, bootstrap
 
 # Flags of train_identity.py that the ablation itself gives to each run.
 OWN_FLAGS = ("--out_dir", "--preset", "--alpha", "--beta", "--seed", "--num_epochs",
@@ -123,7 +124,7 @@ def train_all(args, training, data, again):
 def measure_all(args, start, runs, valid_set, embedders, device):
     """Final generators, warm start, bicubic and the blends of `visual` and `identity`.
 
-    -> (per image and model, per model) as `evaluate.measure` and `evaluate.summarise` have them;
+    -> (per image and model, per model) as `evaluate.measure` and `tables.summarise` have them;
     a run is called by its folder, a blend is "blend 0.3".
     """
     factor = checkpoints.load_generator(start).scale_factor
@@ -136,14 +137,14 @@ def measure_all(args, start, runs, valid_set, embedders, device):
     models = evaluate.as_models(networks, device)
     per_image, vectors = evaluate.measure(models, valid_set.framed(0), embedders,
                                           evaluate.BATCH, device)
-    return per_image, evaluate.summarise(per_image, vectors, seed=0)
+    return per_image, tables.summarise(per_image, vectors, seed=0)
 
 
 def average_seeds(per_image, per_run, runs):
     """`measure_all`'s tables with one model per configuration, HR left out.
 
     A metric is averaged over the seeds image by image, and its interval is that of these averages;
-    the rates of recognition and the pooled PSNR-Y are averaged as they are.
+    the rates of recognition with their intervals, and the pooled PSNR-Y, are averaged as they are.
     """
     configuration = {folder.name: name for (name, _), folder in runs.items()}
     averaged, summary = (
@@ -154,7 +155,7 @@ def average_seeds(per_image, per_run, runs):
     for row, name in enumerate(summary["model"]):
         of_model = averaged[averaged["model"] == name]
         for metric in averaged.columns[2:]:
-            low, high = evaluate.bootstrap(of_model[metric].to_numpy())
+            low, high = bootstrap(of_model[metric].dropna().to_numpy())
             summary.loc[row, [f"{metric}_low", f"{metric}_high"]] = low, high
     return averaged, summary
 
@@ -179,18 +180,21 @@ def passed_by_noise(n_seeds):
 
 
 def differences(averaged, per_run, runs):
-    """Configuration - baseline, metric by metric, with its interval, seeds and verdict."""
+    """Configuration - baseline, metric by metric, with its interval, seeds and verdict.
+
+    Holm's correction is for these comparisons alone: as many per metric as configurations.
+    """
     names, seeds = ([*dict.fromkeys(column)] for column in zip(*runs))
-    pairs = evaluate.differences(averaged[averaged["model"].isin(names)], seed=0)
-    pairs = pairs[pairs["minus"] == "baseline"].reset_index(drop=True)
+    pairs = tables.differences(averaged[averaged["model"].isin(names)], seed=0)
+    pairs = tables.correct(pairs[pairs["minus"] == "baseline"].reset_index(drop=True))
     values = per_run.set_index("model")
     pairs["by_seed"] = [
         [values.loc[runs[pair.model, seed].name, pair.metric]
          - values.loc[runs["baseline", seed].name, pair.metric] for seed in seeds]
         for pair in pairs.itertuples()]
     pairs["larger_than_chance"] = pd.Series(
-        [larger_than_chance(*pair) for pair in zip(pairs["low"], pairs["high"], pairs["by_seed"])],
-        dtype=object)
+        [pair.larger_than_chance and larger_than_chance(pair.low, pair.high, pair.by_seed)
+         for pair in pairs.itertuples()], dtype=object)
     return pairs
 
 
@@ -257,10 +261,11 @@ def report(args, words, summary, labels, pairs, last, weights):
         "# Ablation of the identity loss", "", words, "", "## Final checkpoints", "",
         "Each photograph's values are averaged over the seeds first. Bicubic and the warm start "
         "are there for comparison; blend 0.3 has 0.3 of `identity`'s weights and 0.7 of "
-        f"`visual`'s, seed {args.seeds[0]}.", "", evaluate.markdown(summary, labels),
+        f"`visual`'s, seed {args.seeds[0]}.", "", tables.markdown(summary, labels),
         "## Differences from the baseline", "",
         "A difference is called larger than chance if its 95 % interval excludes 0 (final "
-        f"checkpoints, {evaluate.RESAMPLES:,} paired bootstrap samples of the photographs) and it "
+        f"checkpoints, {RESAMPLES:,} paired bootstrap samples of the photographs), its p-value is "
+        f"below {tables.LEVEL} after Holm's correction for all comparisons of that metric, and it "
         "is larger than the spread between seeds: the largest minus the smallest of the "
         "differences that each seed shows by itself. Differences without a cause would pass this "
         f"second test in {passed_by_noise(len(args.seeds)):.0%} of all cases with "

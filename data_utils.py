@@ -158,14 +158,15 @@ class FaceFolder(Dataset):
     a file that has vanished or changed since the check is an InputError that names it.
     """
 
-    def __init__(self, dataset_dir, crop_size, upscale_factor, keep_frames, cache_gb, flag):
+    def __init__(self, dataset_dir, crop_size, upscale_factor, keep_frames, cache_gb, flag,
+                 files=None):
         self.factor = upscale_factor
         self.keep_frames = keep_frames
         self.crop_size = valid_crop_size(crop_size, upscale_factor)
         if crop_size and self.crop_size <= 0:
             raise InputError(f"--crop_size {crop_size} is smaller than the upscale factor "
                              f"{upscale_factor}")
-        self.files = list_images(dataset_dir, flag)
+        self.files = files or list_images(dataset_dir, flag)
         pixels = FRAME if keep_frames else self.crop_size
         self.cached = len(self.files) * 3 * pixels ** 2 <= cache_gb * 2 ** 30
         checked = parallel_map(self._check, self.files, f"reading {dataset_dir}")
@@ -336,10 +337,14 @@ def downscale_levels(images, size):
 
 
 class ValidDatasetFromFolder(FaceFolder):
-    """(LR, bicubic-restored LR, HR) triples in [0, 1]; crop_size 0 keeps whole frames."""
+    """(LR, bicubic-restored LR, HR) triples in [0, 1]; crop_size 0 keeps whole frames.
 
-    def __init__(self, dataset_dir, crop_size, upscale_factor, cache_gb=4.0, flag="--valid_dir"):
-        super().__init__(dataset_dir, crop_size, upscale_factor, True, cache_gb, flag)
+    files: paths to take instead of all photographs in `dataset_dir`.
+    """
+
+    def __init__(self, dataset_dir, crop_size, upscale_factor, cache_gb=4.0, flag="--valid_dir",
+                 files=None):
+        super().__init__(dataset_dir, crop_size, upscale_factor, True, cache_gb, flag, files)
 
         self.shift, self.scale = 0, 1.0
 

@@ -11,9 +11,7 @@ import support  # noqa: F401  first, for Ctrl-C
 
 # isort: split
 import math
-import zipfile
 from contextlib import nullcontext
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,26 +21,26 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from data_utils import VALID_DIR, ValidDatasetFromFolder
+from data_utils import VALID_DIR, ValidDatasetFromFolder, list_images, read_image, to_tensor
 from loss_identity import embed, load_face_network
 from support import checkpoints, figures
 from support.cli import (
     InputError,
     Parser,
     check_out_dir,
-    markdown_table,
     not_negative,
     positive,
     positive_number,
     run_script,
     weight,
 )
-from support.figures import to_image
+from support.figures import save_image, to_image
 from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
+from support.tables import differences, is_distance, summarise, write_people, write_tables
+from support.torchscript import load_script
+from support.verification import pair_rates, read_pairs, recognition, similarity
 
-RESAMPLES = 10_000
 BATCH = 20  # images at a time
-EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's
 
 
 # ---------------------------------------------------------------------------------------------
@@ -87,45 +85,14 @@ def gaussian_matrix(n, device):
     return gaussian / sum(math.exp(-d ** 2 / (2 * 1.5 ** 2)) for d in range(-5, 6))
 
 
+def distance(embeddings_a, embeddings_b):
+    """Euclidean distance of embeddings, row by row: (N, D) twice -> (N,)."""
+    return (embeddings_a - embeddings_b).double().norm(dim=1)
+
+
 def cosine(embeddings_a, embeddings_b):
     """Cosine similarity of embeddings, row by row: (N, D) twice -> (N,) in [-1, 1]."""
     return F.cosine_similarity(embeddings_a.float(), embeddings_b.float())
-
-
-def recognition(probes, gallery):
-    """How well faces are recognised: row i of both (n, D) embedding arrays is the same person.
-
-    -> rank-1 and rank-5 identification rate of each probe among the whole gallery, and of all
-    n * n pairs the verification AUC and the TAR at a FAR of 1 %; all in [0, 1].
-    """
-    probes, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (probes, gallery))
-    similarity = probes @ gallery.T  # nan where an embedding is all zeros:
-    genuine = np.nan_to_num(np.diag(similarity), nan=-2)  # such a face is like nobody,
-    similarity = np.nan_to_num(similarity, nan=2)         # and in the way of everybody
-    # gallery faces before the right one; a tie is no identification
-    rank = (similarity >= genuine[:, None]).sum(1) - (genuine > -2)
-    impostors = np.sort(similarity[~np.eye(len(similarity), dtype=bool)])
-    if not len(impostors):  # of a single face nothing can be verified
-        return {"rank1": (rank < 1).mean(), "rank5": (rank < 5).mean(), "auc": np.nan,
-                "tar_at_far_1": np.nan}
-    below = np.searchsorted(impostors, genuine, "left")
-    equal = np.searchsorted(impostors, genuine, "right") - below
-    # accept what exceeds the threshold: at most 1 % of the impostor pairs do
-    threshold = impostors[len(impostors) - 1 - int(0.01 * len(impostors))]
-    return {"rank1": (rank < 1).mean(), "rank5": (rank < 5).mean(),
-            "auc": ((below + equal / 2) / len(impostors)).mean(),
-            "tar_at_far_1": (genuine > threshold).mean()}
-
-
-def bootstrap(values, seed=0, resamples=RESAMPLES):
-    """95 % percentile interval of the mean under resampling of images: (n,) -> (low, high).
-
-    The same seed draws the same images, so that differences of two models' values are paired.
-    """
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=(max(1, resamples // 100), len(values)))].mean(1)
-             for _ in range(100)]  # a hundredth at a time: the draws of 30,000 images fit in memory
-    return tuple(np.percentile(np.concatenate(means), [2.5, 97.5]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,17 +152,21 @@ def validate(netG, discriminate, dataset, face_network, hr_embedding_cache, devi
 
 
 def load_judge(name):
-    """A face network that training never saw, as images (N, 3, H, W) in [0, 1] -> (N, D).
+    """A face network that training never saw: (N, 3, 160, 160) in [-1, 1] -> (N, D).
 
-    `name`: casia-webface, or a TorchScript file that maps (N, 3, 160, 160) in [-1, 1] to
-    embeddings. Such a file is code, which the user trusts. Raises InputError if it cannot be
-    loaded or does not do that.
+    `name`: casia-webface, or a TorchScript file that does that. Such a file is code, which the user
+    trusts. Or dlib, whose network takes (pictures, HR) instead: `dlib_judge.DlibJudge`. Raises
+    InputError if it cannot be loaded or does not do that.
     """
+    if name == "dlib":
+        from support.dlib_judge import load_dlib  # an optional extra
+
+        return load_dlib()
     if name in ("casia-webface", "vggface2", "random"):
         network = load_face_network(name)
     elif not Path(name).is_file():
-        raise InputError(f"--judge {name}: no such file; give casia-webface or the path of a "
-                         "TorchScript file")
+        raise InputError(f"--judge {name}: no such file; give dlib, casia-webface or the path of "
+                         "a TorchScript file")
     else:
         network = load_script(name)
     for n in (1, 3):  # a network with a fixed batch size fails here, not on the last batch
@@ -211,63 +182,59 @@ def load_judge(name):
     return network
 
 
-def load_script(path):
-    """A TorchScript file -> the network in eval mode. Raises InputError naming --judge."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inside = {Path(entry).name for entry in archive.namelist()}
-    except (OSError, zipfile.BadZipFile):
-        inside = set()
-    if inside & EXPORTED or Path(path).suffix == ".pt2":
-        # torch.export.load unpickles and opens libraries that lie in the archive
-        raise InputError(f"--judge {path}: a torch.export archive, which can run any program when "
-                         "it is opened; save the network with torch.jit.save instead")
-    try:
-        network = torch.jit.load(path, map_location="cpu").eval()
-    except Exception:  # the loader raises what it likes
-        raise InputError(f"--judge {path}: not a TorchScript file that can be loaded") from None
-    network.label = path
-    return network
-
-
 def check_finite(values, what):
     """Raise InputError if a tensor holds NaN or infinite values: any score of them would lie."""
     if not values.isfinite().all():
         raise InputError(f"{what} hold NaN or infinite values; take another network")
 
 
+def embed_all(embedders, images, hr, context=nullcontext):
+    """Every network's embeddings of images (N, 3, H, W) that show what HR does: {name: (N, D)}.
+
+    Only the training embedder runs in `context`: a judge may not bear it.
+    """
+    found = {}
+    for name, network in embedders.items():
+        if is_distance(name):  # NaN where HR shows no face
+            found[name] = network(images, hr)
+            continue
+        with context() if name == "cosine" else nullcontext():
+            found[name] = embed(network, images)
+        flag = "--face_weights" if name == "cosine" else "--judge"
+        check_finite(found[name], f"{flag} {getattr(network, 'label', name)}: its embeddings")
+    return found
+
+
+def pictures_of(model, lr, restored, hr, paths):
+    """A model's pictures of a batch (N, 3, H, W); a folder's are those restored from `paths`."""
+    if isinstance(model, dict):
+        return torch.stack([to_tensor(read_image(model[path])) for path in paths]).to(hr.device)
+    return model(lr, restored, hr).float()
+
+
 @torch.no_grad()
 def measure(models, dataset, embedders, batch_size, device, context=nullcontext):
     """Every model on every image -> (per-image table, {(model, embedder): (n, D) array}).
 
-    models: {name: function of (LR, bicubic, HR) -> SR}; embedders: {name: network}, the training
-    embedder first, under the name "cosine", then judges. context: what models and training
-    embedder run in, see `machine.autocast`; a judge may not bear it. Raises InputError naming the
-    network that gave a number which is not finite.
+    models: {name: function of (LR, bicubic, HR) -> SR, or what `find_restored` found}; embedders:
+    {name: network} of `load_embedders`. context: what models and training embedder run in, see
+    `machine.autocast`. The rows of an image on whose HR a judge of distances finds no face hold NaN
+    there. Raises InputError naming the network that gave a number which is not finite.
     """
-    def embeddings(images):
-        found = {}
-        for name, network in embedders.items():
-            with context() if name == "cosine" else nullcontext():
-                found[name] = embed(network, images)
-            flag = "--face_weights" if name == "cosine" else "--judge"
-            check_finite(found[name], f"{flag} {getattr(network, 'label', name)}: its embeddings")
-        return found
-
     rows, vectors = [], {(m, e): [] for m in models for e in embedders}
     bar = tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=None)
     if not dataset.crop_size:  # frames have the size of four crops
         batch_size = max(1, batch_size // 4)
     for group, lr, restored, hr in batches(dataset, batch_size, device):
-        of_hr = embeddings(hr)
+        of_hr = embed_all(embedders, hr, hr, context)
         for name, model in models.items():
             with context():
-                sr = model(lr, restored, hr).float()
+                sr = pictures_of(model, lr, restored, hr, [dataset.files[i] for i in group])
             check_finite(sr, f"{name}: its pictures")
-            of_sr = of_hr if sr is hr else embeddings(sr)
+            of_sr = of_hr if sr is hr else embed_all(embedders, sr, hr, context)
             columns = {"psnr_y": psnr_y(sr, hr), "ssim": ssim(sr, hr)}
             for e in embedders:
-                columns[e] = cosine(of_sr[e], of_hr[e])
+                columns[e] = (distance if is_distance(e) else cosine)(of_sr[e], of_hr[e])
                 vectors[name, e].append(of_sr[e].float().cpu().numpy())
             values = pd.DataFrame({k: v.cpu().double().numpy() for k, v in columns.items()})
             values.insert(0, "image", [dataset.files[i].name for i in group])
@@ -279,75 +246,153 @@ def measure(models, dataset, embedders, batch_size, device, context=nullcontext)
     return table, {key: np.concatenate(value) for key, value in vectors.items()}
 
 
-def restored_exactly(per_image):
-    """Names of the images whose PSNR-Y is infinite for a model, as a flat picture's is."""
-    infinite = np.isinf(per_image["psnr_y"]) & (per_image["model"] != "HR")
-    return list(per_image["image"][infinite].unique())
+# ---------------------------------------------------------------------------------------------
+# Against another photograph of the same person
 
 
-def summarise(per_image, vectors, seed):
-    """One row per model: means with their 95 % intervals, the pooled PSNR-Y, recognition.
+def files_of_pairs(args):
+    """Photographs of --pairs -> (paths, (n, 2) their indices, (n, 2) people, (n,) folds).
 
-    Pooled is the report's way: the PSNR of the mean squared error over all images. The mean PSNR-Y
-    leaves out what a model restored exactly, for every model.
+    Picture 1 of name lies at DATA_DIR/name/name_0001 with any suffix. Raises InputError naming
+    what is missing.
     """
-    exact = restored_exactly(per_image)
-    metrics = [c for c in per_image.columns if c not in ("model", "image")]
+    pairs = read_pairs(args.pairs)
+    pictures = sorted({picture for _, *pair in pairs for picture in pair})
+    names = sorted({name for name, _ in pictures})
+    found = {name: {path.stem: path for path in list_images(Path(args.data_dir, name),
+                                                            "--data_dir")} for name in names}
+    stems = [(name, f"{name}_{number:04d}") for name, number in pictures]
+    if missing := [f"{name}/{stem}" for name, stem in stems if stem not in found[name]]:
+        raise InputError(f"--pairs {args.pairs}: {len(missing)} of its photographs are not in "
+                         f"--data_dir {args.data_dir}: {', '.join(missing[:5])}")
+    place = {picture: i for i, picture in enumerate(pictures)}
+    return ([found[name][stem] for name, stem in stems],
+            np.array([[place[picture] for picture in pair] for _, *pair in pairs]),
+            np.array([[names.index(name) for name, _ in pair] for _, *pair in pairs]),
+            np.array([fold for fold, *_ in pairs]))
+
+
+def files_of_gallery(folder):
+    """Photographs of --gallery, a folder per person -> (paths, (n,) people as numbers from 0)."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--gallery {folder}: no such folder; give one with a folder per person")
+    people = sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != ".")
+    files = [list_images(person, "--gallery") for person in people]
+    if len(people) < 2 or max(map(len, files)) < 2:
+        raise InputError(f"--gallery {folder}: must hold a folder for each of two or more people, "
+                         "with two or more photographs of somebody")
+    return [path for of_one in files for path in of_one], np.repeat(np.arange(len(people)),
+                                                                    [*map(len, files)])
+
+
+def score_pairs(probes, references, by_distance, pairs, people, fold, seed):
+    """`verification.pair_rates`, the first picture of a pair restored, the second HR.
+
+    probes, references: (n, D) embeddings of all pictures, SR and HR. Pairs in which a judge of
+    distances does not see a face are left out; "n" counts the others.
+    """
+    seen = np.isfinite(references[pairs]).all((1, 2))
+    if len(np.unique(fold[seen])) < 2:
+        raise InputError("--judge dlib: finds no faces in all folds but one; leave it out")
+    pairs = pairs[seen]
+    scores = similarity(probes[pairs[:, 0]], references[pairs[:, 1]], by_distance, paired=True)
+    return {"n": seen.sum()} | pair_rates(scores, people[seen], fold[seen], seed=seed)
+
+
+def score_gallery(probes, references, by_distance, person, seed):
+    """`verification.recognition` of all people's photographs but the first, which is the gallery.
+
+    probes, references: (n, D) embeddings of SR and HR, sorted by person; person: (n,). Photographs
+    in which a judge of distances does not see a face are left out; "n" counts the probes.
+    """
+    seen = np.flatnonzero(np.isfinite(references).all(1))
+    _, first, number = np.unique(person[seen], return_index=True, return_inverse=True)
+    rest = np.setdiff1d(np.arange(len(seen)), first)
+    scores = similarity(probes[seen[rest]], references[seen[first]], by_distance)
+    return {"n": len(rest)} | recognition(scores, number[rest], (0.01, 0.001), seed)
+
+
+def compare_people(args, models, factor, embedders, labels, device, context):
+    """--pairs and --gallery: every model's probes against HR of another photograph; writes tables.
+
+    The model HR is the ceiling, bicubic the floor.
+    """
     rows = []
-    for name, table in per_image.groupby("model", sort=False):
-        row = {"model": name, "n": len(table)}
-        for metric in metrics:
-            left_out = exact if metric == "psnr_y" else []
-            values = table[metric][~table["image"].isin(left_out)].to_numpy()
-            mean = values.mean() if len(values) else np.nan  # HR's PSNR with itself is infinite
-            low, high = bootstrap(values, seed) if np.isfinite(mean) else (mean, mean)
-            row |= {metric: mean, f"{metric}_low": low, f"{metric}_high": high}
-        mse = np.mean(10 ** (-table["psnr_y"] / 10))
-        row["psnr_y_pooled"] = -10 * np.log10(mse) if mse else np.inf
-        for e in metrics[2:]:
-            rates = recognition(vectors[name, e], vectors["HR", e])
-            suffix = e.removeprefix("cosine")  # of a judge: _casia-webface
-            row |= {f"{rate}{suffix}": value for rate, value in rates.items()}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    for protocol, source in (("pairs", args.pairs), ("gallery", args.gallery)):
+        if not source:
+            continue
+        files, *of_pairs = (files_of_pairs(args) if protocol == "pairs" else
+                            files_of_gallery(source))
+        room = max(size - size % factor for size in args.crop_size)
+        dataset = ValidDatasetFromFolder(source, room, factor, args.cache_gb, files=files)
+        for size in dict.fromkeys(size - size % factor for size in args.crop_size):
+            _, vectors = measure(models, dataset.framed(size), embedders, args.batch_size, device,
+                                 context)
+            score = score_pairs if protocol == "pairs" else score_gallery
+            rows += [{"protocol": protocol, "framing": framing_name(size), "judge": judge,
+                      "model": model, **score(vectors[model, judge], vectors["HR", judge],
+                                              is_distance(judge), *of_pairs, args.seed)}
+                     for judge in embedders for model in models]
+    write_people(Path(args.out_dir), rows, labels)
 
 
-def differences(per_image, seed):
-    """Every pair of models, metric by metric: the mean paired difference with its interval."""
-    metrics = [c for c in per_image.columns if c not in ("model", "image")]
-    names = [m for m in per_image["model"].unique() if m != "HR"]
-    exact = restored_exactly(per_image)
-    rows = []
-    for a, b in combinations(names, 2):
-        of_a, of_b = (per_image[per_image["model"] == m].set_index("image") for m in (a, b))
-        for metric in metrics:
-            left_out = exact if metric == "psnr_y" else []
-            values = (of_b[metric] - of_a[metric]).drop(left_out).to_numpy()
-            mean = values.mean() if len(values) else np.nan
-            low, high = bootstrap(values, seed) if np.isfinite(mean) else (np.nan, np.nan)
-            rows.append({"model": b, "minus": a, "metric": metric, "difference": mean, "low": low,
-                         "high": high, "larger_than_chance": bool(low > 0 or high < 0)})
-    return pd.DataFrame(rows)
+# ---------------------------------------------------------------------------------------------
+# Pictures that something else restored
 
 
-def markdown(summary, labels):
-    """The summary as a Markdown table, figures with their intervals, and what measured them."""
-    metrics = [c for c in summary.columns if f"{c}_low" in summary.columns]
-    rates = [c for c in summary.columns if c.startswith(("rank", "auc", "tar"))]
-    head = ["model", "n", *metrics, "psnr_y_pooled", *rates]
-    rows_of_cells = []
-    for _, row in summary.iterrows():
-        cells = [row["model"], str(row["n"])]
-        for metric in metrics:
-            digits = 2 if metric == "psnr_y" else 4
-            cells.append(f"{row[metric]:.{digits}f} [{row[metric + '_low']:.{digits}f}, "
-                         f"{row[metric + '_high']:.{digits}f}]")
-        cells.append(f"{row['psnr_y_pooled']:.2f}")
-        cells += [f"{row[rate]:.3f}" for rate in rates]
-        rows_of_cells.append(cells)
-    measured = "; ".join(f"{name}: {label}" for name, label in labels.items())
-    return "\n".join([*markdown_table(head, rows_of_cells), "",
-                      f"PSNR-Y in dB; [95 % bootstrap interval]; {measured}", ""])
+def stems_of(dataset):
+    """{file name without its suffix: index} of all photographs; raises InputError if two share."""
+    stems = {path.stem: i for i, path in enumerate(dataset.files)}
+    for i, path in enumerate(dataset.files):
+        if stems[path.stem] != i:
+            raise InputError(f"--data_dir: {path.name} and {dataset.files[stems[path.stem]].name} "
+                             "differ in their suffix alone; rename one of them")
+    return stems
+
+
+def export_lr(dataset, crop_sizes, folder):
+    """Write every LR picture to FOLDER/crop_128/ and the like, a PNG named like its photograph."""
+    for size in crop_sizes:
+        framing, inside = dataset.framed(size), Path(folder, framing_name(size))
+        for stem, i in stems_of(dataset).items():
+            save_image(to_image(framing[i][0]), inside / f"{stem}.png")
+    print(f"wrote the LR pictures to {folder}/; score what is restored from them with --restored "
+          "NAME=FOLDER")
+
+
+def find_restored(text, dataset):
+    """--restored's NAME=FOLDER -> {path of a photograph: path of its restored picture}.
+
+    The pictures lie in FOLDER/crop_128/ and the like, or else in FOLDER itself. Raises InputError
+    naming what is missing or has another size than HR.
+    """
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"--restored {text}: give NAME=FOLDER, such as waifu2x=restored/waifu2x")
+    inside = Path(folder, framing_name(dataset.crop_size))
+    folder = inside if inside.is_dir() else Path(folder)
+    found = {path.stem: path for path in list_images(folder, "--restored")}
+    stems = stems_of(dataset)
+    if missing := sorted(stems.keys() - found.keys()):
+        raise InputError(f"--restored {name}: {folder} lacks {len(missing)} of {len(stems)} "
+                         f"pictures: {', '.join(missing[:5])}; restore what --export_lr wrote")
+    for stem, index in stems.items():
+        height, width = dataset[index][2].shape[1:]
+        if (size := read_image(found[stem]).size) != (width, height):
+            raise InputError(f"{found[stem]}: {size[0]}x{size[1]} px, but HR has {width}x{height} "
+                             f"in {framing_name(dataset.crop_size)}; restore what --export_lr "
+                             "wrote, or leave out that --crop_size")
+    return {dataset.files[index]: found[stem] for stem, index in stems.items()}
+
+
+def with_restored(models, texts, dataset):
+    """`models` and, behind bicubic, what --restored names, for one framing."""
+    others = {}
+    for text in texts:
+        if (name := text.partition("=")[0]) in models | others:
+            raise InputError(f"--restored {text}: {name} is taken; choose another name")
+        others[name] = find_restored(text, dataset)
+    return {"bicubic": models["bicubic"]} | others | models
 
 
 # ---------------------------------------------------------------------------------------------
@@ -385,12 +430,16 @@ def as_models(networks, device):
 
 
 def load_embedders(face_weights, judges):
-    """({metric: network}, {metric: what it is}) of the training embedder and of each judge."""
+    """({metric: network}, {metric: what it is}) of the training embedder and of each judge.
+
+    The training embedder comes first, as "cosine"; dlib's metric is "distance_dlib".
+    """
     embedders = {"cosine": load_face_network(face_weights)}
     labels = {"cosine": f"InceptionResnetV1 {embedders['cosine'].label}"}
-    for judge in judges:
-        name = f"cosine_{Path(judge).stem}"
-        if name in embedders or name.endswith(("_low", "_high")):  # the names of intervals
+    for judge in dict.fromkeys(judges):
+        name = "distance_dlib" if judge == "dlib" else f"cosine_{Path(judge).stem}"
+        # names that are taken: of another judge, of its rates, of intervals
+        if judge != "dlib" and (name in embedders or name.endswith(("_dlib", "_low", "_high"))):
             name = f"cosine_{judge}"
         embedders[name] = load_judge(judge)
         labels[name] = getattr(embedders[name], "label", judge)
@@ -407,10 +456,12 @@ def picture_rows(models, dataset, per_image, device):
     names = [path.name for path in dataset.files]
     rows = []
     for label, image in list(picks.items())[:n]:
-        _, lr, restored, hr = next(batches(dataset, 1, device, [names.index(image)]))
+        index = names.index(image)
+        _, lr, restored, hr = next(batches(dataset, 1, device, [index]))
         row = {"label": label, "images": [to_image(lr[0])], "captions": [""]}
         for name, model in models.items():
-            row["images"].append(to_image(model(lr, restored, hr)[0]))
+            pictures = pictures_of(model, lr, restored, hr, [dataset.files[index]])
+            row["images"].append(to_image(pictures[0]))
             scores = per_image[(per_image["model"] == name) & (per_image["image"] == image)].iloc[0]
             row["captions"].append("" if name == "HR" else
                                    f"cos {scores['cosine']:.2f}  {scores['psnr_y']:.1f} dB")
@@ -428,20 +479,32 @@ def parse(argv=None):
         help="generators to evaluate (default: the shipped one)")
     add("--blend", action="append", default=[], metavar="B.pth:0.3",
         help="also 0.7 of the first checkpoint's weights and 0.3 of B's; may be repeated")
+    add("--restored", action="append", default=[], metavar="NAME=FOLDER",
+        help="also pictures that something else restored, named like the photographs; may be "
+             "repeated")
+    add("--export_lr", metavar="FOLDER",
+        help="instead: write the LR pictures, the inputs for that, to FOLDER/crop_128/ and the "
+             "like")
     add("--data_dir", default=VALID_DIR, help="folder of photographs")
     add("--crop_size", type=not_negative, nargs="+", default=[128, 0],
         help="HR sizes in px of the centre crops to measure; 0: whole frames, as the report's code")
     add("--shift", type=int, nargs="+", default=[], metavar="PX",
         help="also measure the gain over bicubic on crops that many px right of and below the "
              "centre (sweep.csv, sweep.png)")
+    add("--pairs", metavar="TXT",
+        help="instead: verification of restored faces against other photographs of the same "
+             "people, listed as in LFW's pairs.txt, at DATA_DIR/name/name_0001.jpg")
+    add("--gallery", metavar="FOLDER",
+        help="instead: identification of restored faces; a folder of photographs per person, the "
+             "first of each is the gallery")
     add("--scale", type=positive_number, nargs="+", default=[], metavar="F",
         help="also on whole frames, and the faces in them, F times as large")
     add = parser.add_argument_group("how").add_argument
     add("--face_weights", default="vggface2",
         help="embedder of the cosine: vggface2, casia-webface, random, or a state dict's path")
     add("--judge", action="append", default=[], metavar="NAME|PATH",
-        help="a further face network: casia-webface, or a TorchScript file, which is code that "
-             "you must trust; may be repeated")
+        help="a further face network: dlib (requirements-judge.txt), casia-webface, or a "
+             "TorchScript file, which is code that you must trust; may be repeated")
     add("--batch_size", type=positive, default=BATCH, help="images per batch")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     add("--precision", choices=("auto", *PRECISIONS), default="fp32",
@@ -484,60 +547,23 @@ def load_dataset(args, factor):
     return ValidDatasetFromFolder(args.data_dir, room, factor, args.cache_gb, "--data_dir")
 
 
-def write_tables(args, tables, labels):
-    """CSV and Markdown of all framings; prints what a person wants to know.
+def compare_models(args, models, dataset, embedders, labels, device, context):
+    """Every model on every framing, and on those of --shift and --scale; writes tables, pictures.
 
-    tables: {framing: (per image, summary, differences)}.
+    embedders, labels: of `load_embedders`.
     """
-    folder, text = Path(args.out_dir), ""
-    for n, name in enumerate(("per_image", "summary", "differences")):
-        whole = pd.concat([table[n].assign(framing=framing) for framing, table in tables.items()])
-        checkpoints.save_csv(whole[["framing", *whole.columns[:-1]]], folder / f"{name}.csv")
-    for framing, (_, summary, pairs) in tables.items():
-        text += f"## {framing}\n\n{markdown(summary, labels)}\n"
-        text += "".join(
-            f"- {p.model} - {p.minus}: {p.metric} {p.difference:+.4f} [{p.low:+.4f}, "
-            f"{p.high:+.4f}], {verdict(p)}\n" for p in pairs.itertuples()) + "\n"
-    checkpoints.save_text(text, folder / "summary.md")
-    print(text, end="")
-
-
-def verdict(pair):
-    """A row of `differences` in words."""
-    if not pair.larger_than_chance:
-        return "within chance"
-    return "better beyond chance" if pair.difference > 0 else "worse beyond chance"
-
-
-def main(argv=None):
-    args = parse(argv)
-    device, folder = choose_device(args.device), Path(args.out_dir)
-    check_out_dir(args.out_dir, data_dir=args.data_dir)
-    strangers = [*folder.glob("comparison_*.png"), *folder.glob("sweep.png")]
-    if strangers and not (folder / "per_image.csv").exists():
-        raise InputError(f"{strangers[0]} is not of this script; choose another --out_dir")
-    models, factor = load_models(args, device)
-    dataset = load_dataset(args, factor)
-    embedders, labels = load_embedders(args.face_weights, args.judge)
-    for network in embedders.values():
-        network.to(device)
-
-    precision = fast_precision(device) if args.precision == "auto" else args.precision
-    if precision != "fp32":
-        labels["cosine"] += f"; generators and it computed in {precision}"
-    context, tables = autocast(device, precision), {}
-    for crop_size in args.crop_size:
-        name, framing = framing_name(crop_size), dataset.framed(crop_size)
-        per_image, vectors = measure(models, framing, embedders, args.batch_size, device, context)
-        if exact := restored_exactly(per_image):
-            print(f"{name}: left out of PSNR-Y, being restored without any error by a model: "
-                  f"{', '.join(exact)}")
+    folder, tables = Path(args.out_dir), {}
+    framings = [dataset.framed(size) for size in args.crop_size]
+    of_framing = [with_restored(models, args.restored, framing) for framing in framings]
+    for framing, shown in zip(framings, of_framing):
+        name = framing_name(framing.crop_size)
+        per_image, vectors = measure(shown, framing, embedders, args.batch_size, device, context)
         summary = summarise(per_image, vectors, args.seed).assign(
             networks="; ".join(labels.values()))
         tables[name] = per_image, summary, differences(per_image, args.seed)
-        figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *models],
-                                picture_rows(models, framing, per_image, device))
-    write_tables(args, tables, labels)
+        figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *shown],
+                                picture_rows(shown, framing, per_image, device))
+    write_tables(folder, tables, labels)
     if args.shift or args.scale:
         table = sweep(models, dataset, args, embedders["cosine"], device, context)
         checkpoints.save_csv(table, folder / "sweep.csv")
@@ -545,6 +571,41 @@ def main(argv=None):
         print(table.round(4).to_string(index=False))
     print(f"wrote summary.csv, summary.md, differences.csv, per_image.csv, comparison_*.png"
           f"{' and sweep.*' * bool(args.shift or args.scale)} to {folder}/")
+
+
+def check_outputs(args):
+    """Raise InputError where an output would lie among photographs or over another's files."""
+    folders = {"gallery": args.gallery} if args.gallery else {"data_dir": args.data_dir}
+    check_out_dir(args.out_dir, **folders)
+    if args.export_lr:
+        check_out_dir(args.export_lr, "--export_lr", **folders)
+    folder = Path(args.out_dir)
+    strangers = [*folder.glob("comparison_*.png"), *folder.glob("sweep.png")]
+    if strangers and not (folder / "per_image.csv").exists():
+        raise InputError(f"{strangers[0]} is not of this script; choose another --out_dir")
+    if (args.pairs or args.gallery) and (args.restored or args.export_lr):
+        raise InputError("--restored and --export_lr: leave them out beside --pairs and --gallery")
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = choose_device(args.device)
+    check_outputs(args)
+    models, factor = load_models(args, device)
+    if args.export_lr:
+        return export_lr(load_dataset(args, factor), args.crop_size, args.export_lr)
+    of_people = args.pairs or args.gallery
+    dataset = None if of_people else load_dataset(args, factor)
+    embedders, labels = load_embedders(args.face_weights, args.judge)
+    for network in embedders.values():
+        network.to(device)
+    precision = fast_precision(device) if args.precision == "auto" else args.precision
+    if precision != "fp32":
+        labels["cosine"] += f"; generators and it computed in {precision}"
+    context = autocast(device, precision)
+    if of_people:
+        return compare_people(args, models, factor, embedders, labels, device, context)
+    compare_models(args, models, dataset, embedders, labels, device, context)
 
 
 if __name__ == "__main__":

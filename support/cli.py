@@ -155,15 +155,15 @@ def problem_with(value, action):
     return None
 
 
-def check_out_dir(out_dir, **folders):
+def check_out_dir(out_dir, own="--out_dir", **folders):
     """Raise InputError if --out_dir is, or lies in, a folder of photographs.
 
-    folders: {name of its flag: folder}.
+    own: its flag, if that is another; folders: {name of the flag: folder}.
     """
     out = Path(out_dir).resolve()
     for flag, folder in folders.items():
         if Path(folder).resolve() in (out, *out.parents):
-            raise InputError(f"--out_dir {out_dir} lies in --{flag} {folder}, among photographs; "
+            raise InputError(f"{own} {out_dir} lies in --{flag} {folder}, among photographs; "
                              "choose another folder")
 
 

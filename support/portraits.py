@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+BACKGROUND, LIGHT = slice(0, 3), 29  # places in an identity's numbers, as `_portrait` takes them
+
 
 def synthetic_portraits(n, size, seed):
     """n procedural portraits of n different people: uint8 array (n, size, size, 3).
@@ -13,6 +15,32 @@ def synthetic_portraits(n, size, seed):
     """
     rng = np.random.default_rng(seed)
     return np.stack([_portrait(rng.random(32), size) for _ in range(n)])
+
+
+def repeated_portraits(n, shots, size, seed):
+    """n people, each drawn `shots` times: uint8 array (n, shots, size, size, 3).
+
+    Pictures of one person differ in background, light, tilt of the head, place and size of the
+    face; the people are those of `synthetic_portraits`.
+    """
+    people, rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    return np.stack([[_photograph(identity, size, rng) for _ in range(shots)]
+                     for identity in (people.random(32) for _ in range(n))])
+
+
+def _photograph(identity, size, rng):
+    """One person under circumstances that `rng` draws: uint8 array (size, size, 3)."""
+    identity = identity.copy()
+    identity[BACKGROUND], identity[LIGHT] = rng.random(3), rng.random()
+    picture = Image.fromarray(_portrait(identity, size))
+    angle, zoom = rng.uniform(-6, 6), rng.uniform(0.92, 1.08)
+    shift = tuple(rng.uniform(-0.02, 0.02, 2) * size)
+    side = round(size * zoom)
+    picture = picture.rotate(angle, Image.Resampling.BICUBIC, translate=shift,
+                             fillcolor=picture.getpixel((0, 0)))
+    sheet = Image.new("RGB", (size, size), picture.getpixel((0, 0)))
+    sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), ((size - side) // 2,) * 2)
+    return np.clip(np.rint(np.asarray(sheet) * rng.uniform(0.85, 1.1)), 0, 255).astype(np.uint8)
 
 
 def _portrait(identity, size):

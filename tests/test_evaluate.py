@@ -20,9 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import evaluate
 from data_utils import ValidDatasetFromFolder
 from model import Generator
-from support import checkpoints
+from support import checkpoints, tables
 from support.cli import InputError, run_script
 from support.portraits import synthetic_portraits
+from support.statistics import bootstrap
+from support.verification import recognition, similarity
 
 CPU = torch.device("cpu")
 
@@ -120,6 +122,12 @@ def test_cosine():
                                rtol=1e-5)
 
 
+def recognised(probes, gallery):
+    """{rate: value} without the intervals."""
+    rates = recognition(similarity(probes, gallery), resamples=10)
+    return {name: value for name, (value, _, _) in rates.items()}
+
+
 def test_recognition_counted_by_hand():
     n = 20  # 380 impostor pairs: 1 % lets three of them through
     similarity = np.full((n, n), 0.01) + np.eye(n) * 0.59
@@ -130,7 +138,7 @@ def test_recognition_counted_by_hand():
     probes = np.hstack([similarity, np.sqrt(1 - (similarity ** 2).sum(1, keepdims=True))])
     gallery = np.eye(n, n + 1)
     lengths = np.linspace(0.5, 3, n)[:, None]    # which must not matter
-    rates = evaluate.recognition(probes * lengths, gallery * lengths[::-1])
+    rates = recognised(probes * lengths, gallery * lengths[::-1])
     genuine, impostors = np.diag(similarity), similarity[~np.eye(n, dtype=bool)]
     wins = (genuine[:, None] > impostors).mean()
     assert rates == pytest.approx({"rank1": 16 / 20, "rank5": 19 / 20, "tar_at_far_1": 17 / 20,
@@ -157,7 +165,7 @@ def test_recognition_of_random_embeddings_by_all_pairs():
     tar = max(np.mean(np.array(genuine) > t) for t in impostors
               if np.mean(np.array(impostors) > t) <= 0.01)
     better = [sum(unit[0][i] @ unit[1][j] > genuine[i] for j in range(n)) for i in range(n)]
-    rates = evaluate.recognition(probes, gallery)
+    rates = recognised(probes, gallery)
     assert rates == pytest.approx({"auc": auc, "tar_at_far_1": tar,
                                    "rank1": np.mean(np.array(better) < 1),
                                    "rank5": np.mean(np.array(better) < 5)})
@@ -166,42 +174,41 @@ def test_recognition_of_random_embeddings_by_all_pairs():
 
 def test_recognition_at_its_limits():
     faces = np.random.default_rng(0).standard_normal((12, 8))
-    assert set(evaluate.recognition(faces, faces).values()) == {1.0}
-    same = evaluate.recognition(np.ones((12, 8)), np.ones((12, 8)))  # a network that collapsed
+    assert set(recognised(faces, faces).values()) == {1.0}
+    same = recognised(np.ones((12, 8)), np.ones((12, 8)))  # a network that collapsed
     assert same == {"rank1": 0, "rank5": 0, "auc": 0.5, "tar_at_far_1": 0}
-    one = evaluate.recognition(faces[:1], faces[:1])
+    one = recognised(faces[:1], faces[:1])
     assert np.isnan(one["auc"]) and np.isnan(one["tar_at_far_1"])
 
 
 @pytest.mark.parametrize("value", [0, np.nan])
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_an_embedding_that_is_none_is_never_a_hit(value):
     faces = np.random.default_rng(0).standard_normal((12, 8))
     none = np.full_like(faces, value)
     for probes, gallery in ((none, faces), (faces, none), (none, none)):
-        rates = evaluate.recognition(probes, gallery)
+        rates = recognised(probes, gallery)
         assert rates["rank1"] == rates["rank5"] == rates["auc"] == rates["tar_at_far_1"] == 0
-    assert evaluate.recognition(none[:1], faces[:1])["rank1"] == 0
+    assert recognised(none[:1], faces[:1])["rank1"] == 0
     part = faces.copy()
     part[:3] = value
-    assert evaluate.recognition(part, faces)["rank1"] == 9 / 12
+    assert recognised(part, faces)["rank1"] == 9 / 12
 
 
 def test_bootstrap_is_the_normal_interval_of_normal_data():
     values = np.random.default_rng(0).normal(5, 2, 400)
-    low, high = evaluate.bootstrap(values)
+    low, high = bootstrap(values)
     half = 1.96 * values.std() / np.sqrt(400)
     assert low == pytest.approx(values.mean() - half, abs=0.05 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.05 * half)
-    assert (low, high) == evaluate.bootstrap(values)
-    assert (low, high) != evaluate.bootstrap(values, seed=1)
-    assert evaluate.bootstrap(np.full(7, 0.25)) == (0.25, 0.25)
+    assert (low, high) == bootstrap(values)
+    assert (low, high) != bootstrap(values, seed=1)
+    assert bootstrap(np.full(7, 0.25)) == (0.25, 0.25)
 
 
 def test_bootstrap_of_a_coin_follows_the_binomial():
     """Means of 20 resampled from 10 heads: Binomial(20, 1/2) / 20, whose quantiles are 6 and 14."""
     values = np.repeat([0.0, 1.0], 10)
-    assert evaluate.bootstrap(values) == (6 / 20, 14 / 20)
+    assert bootstrap(values) == (6 / 20, 14 / 20)
 
 
 def test_differences_are_paired_by_image():
@@ -212,7 +219,7 @@ def test_differences_are_paired_by_image():
     b = a.assign(model="b", psnr_y=a["psnr_y"] + 0.5)[::-1]  # constant gain, other order
     c = a.assign(model="c", psnr_y=a["psnr_y"] + rng.normal(0, 1, 30))
     hr = a.assign(model="HR", psnr_y=np.inf)
-    table = evaluate.differences(pd.concat([a, b, c, hr]), seed=0)
+    table = tables.differences(pd.concat([a, b, c, hr]), seed=0)
     assert list(zip(table["model"], table["minus"])) == [
         (m, minus) for m, minus in (("b", "a"), ("c", "a"), ("c", "b")) for _ in range(2)]
     rows = table.set_index(["model", "minus", "metric"])
@@ -336,7 +343,7 @@ def test_summary_has_the_means_and_the_pooled_psnr():
                           "psnr_y": [20.0, 40.0, np.inf, np.inf], "ssim": [0.5, 0.7, 1, 1],
                           "cosine": [0.8, 0.9, 1, 1]})
     vectors = {("a", "cosine"): np.eye(2), ("HR", "cosine"): np.eye(2)}
-    a, hr = (row for _, row in evaluate.summarise(table, vectors, 0).iterrows())
+    a, hr = (row for _, row in tables.summarise(table, vectors, 0).iterrows())
     assert (a["n"], a["psnr_y"], a["ssim"], a["cosine"]) == pytest.approx((2, 30, 0.6, 0.85))
     assert (a["psnr_y_low"], a["psnr_y_high"]) == (20, 40)  # a quarter of the draws are one image
     assert a["psnr_y_pooled"] == pytest.approx(-10 * np.log10((1e-2 + 1e-4) / 2))
@@ -354,24 +361,24 @@ def test_one_flat_picture_does_not_decide(capsys):
     plain = pd.concat([a[1:], b[1:]])
     b.loc[0, "psnr_y"] = np.inf
     table = pd.concat([a, b, a.assign(model="HR", psnr_y=np.inf)])
-    assert evaluate.restored_exactly(table) == ["0.png"]
+    assert tables.restored_exactly(table) == ["0.png"]
     vectors = {(model, "cosine"): np.eye(30) for model in ("a", "b", "HR")}
-    summary = evaluate.summarise(table, vectors, 0).set_index("model")
+    summary = tables.summarise(table, vectors, 0).set_index("model")
     for model in (a, b):
         assert summary["psnr_y"][model["model"][0]] == pytest.approx(model["psnr_y"][1:].mean())
     assert np.isfinite(summary.loc[["a", "b"], ["psnr_y_low", "psnr_y_high"]]).all(axis=None)
     assert summary["psnr_y"]["HR"] == np.inf and (summary["n"] == 30).all()
-    row, expected = (evaluate.differences(t, 0).query("metric == 'psnr_y'").iloc[0]
+    row, expected = (tables.differences(t, 0).query("metric == 'psnr_y'").iloc[0]
                      for t in (table, plain))
     pd.testing.assert_series_equal(row, expected)
-    flat = evaluate.differences(table[table["image"] == "0.png"], 0)
+    flat = tables.differences(table[table["image"] == "0.png"], 0)
     assert not flat["larger_than_chance"].any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_difference_that_is_no_number_is_within_chance(value):
     a = pd.DataFrame({"model": "a", "image": ["1", "2"], "psnr_y": 20.0, "cosine": [0.5, 0.6]})
-    table = evaluate.differences(pd.concat([a, a.assign(model="b", cosine=[0.7, value])]), 0)
+    table = tables.differences(pd.concat([a, a.assign(model="b", cosine=[0.7, value])]), 0)
     assert not table["larger_than_chance"].any()
 
 
@@ -508,9 +515,9 @@ def test_a_judge_may_be_called_low(tmp_path):
     table = pd.DataFrame({"model": ["net", "HR"], "image": "1", "psnr_y": [20.0, np.inf],
                           "ssim": 1.0} | dict.fromkeys(embedders, 0.5))
     vectors = {(model, name): np.eye(1) for model in ("net", "HR") for name in embedders}
-    summary = evaluate.summarise(table, vectors, 0)
+    summary = tables.summarise(table, vectors, 0)
     assert summary.columns.is_unique and labels.keys() == embedders.keys()
-    head = evaluate.markdown(summary, labels).splitlines()[0]
+    head = tables.markdown(summary, labels).splitlines()[0]
     cells = [cell.strip() for cell in head.split("|")]
     assert cells[3:9] == ["psnr_y", "ssim", *embedders] and "rank1" in cells[9:]
     assert labels["cosine_a"] == paths[2]
@@ -698,3 +705,49 @@ def test_what_the_script_cannot_use(checkpoint, tmp_path):
         with pytest.raises(InputError, match=part):
             evaluate.main(["--data_dir", str(data), *argv, *rest])
     assert not Path(tmp_path / "out").exists()
+
+
+def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_path, monkeypatch,
+                                                              capsys):
+    """Pillow's bicubic, restored elsewhere from the written files, scores as our bicubic does."""
+    monkeypatch.setattr(evaluate, "load_face_network",
+                        lambda name: setattr(network := Embedder(), "label", name) or network)
+    data, lr = save_portraits(tmp_path / "data", [(48, 40)] * 3), tmp_path / "lr"
+    rest = ["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size", "32", "0",
+            "--device", "cpu", "--out_dir", str(tmp_path / "out")]
+    evaluate.main([*rest, "--export_lr", str(lr)])
+    assert "--restored" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    for framing, size in (("crop_32", (8, 8)), ("whole_frames", (12, 10))):
+        assert sorted(p.name for p in (lr / framing).iterdir()) == [f"face_{i}.png"
+                                                                    for i in range(3)]
+        (tmp_path / "other" / framing).mkdir(parents=True)
+        for path in (lr / framing).iterdir():
+            picture = Image.open(path)
+            assert picture.size == size and picture.mode == "RGB"
+            picture = picture.resize((4 * size[0], 4 * size[1]), Image.BICUBIC)
+            picture.save(tmp_path / "other" / framing / f"{path.stem}.bmp")  # any suffix
+
+    evaluate.main([*rest, "--restored", f"other={tmp_path / 'other'}"])
+    table = pd.read_csv(tmp_path / "out" / "summary.csv").set_index(["framing", "model"])
+    for framing in ("crop_32", "whole_frames"):
+        assert list(table.loc[framing].index) == ["bicubic", "other", checkpoint.stem, "HR"]
+        figures = ["n", "psnr_y", "ssim_low", "cosine", "rank1_high"]
+        np.testing.assert_allclose(table.loc[(framing, "other"), figures].astype(float),
+                                   table.loc[(framing, "bicubic"), figures].astype(float),
+                                   rtol=1e-6)
+
+    crops = tmp_path / "other" / "crop_32"  # a folder without subfolders is of all framings
+    with pytest.raises(InputError, match="32x32 px, but HR has 48x40 in whole_frames"):
+        evaluate.main([*rest, "--restored", f"other={crops}"])
+    (crops / "face_1.bmp").unlink()
+    with pytest.raises(InputError, match="lacks 1 of 3 pictures: face_1"):
+        evaluate.main([*rest, "--restored", f"other={tmp_path / 'other'}"])
+    for text, said in (("other", "NAME=FOLDER"), ("HR=" + str(lr), "HR is taken"),
+                       ("other=" + str(tmp_path / "no"), "--restored")):
+        with pytest.raises(InputError, match=said):
+            evaluate.main([*rest, "--restored", text])
+    with pytest.raises(InputError, match="--export_lr .* among photographs"):
+        evaluate.main([*rest, "--export_lr", str(data / "lr")])
+    Image.new("RGB", (48, 40)).save(data / "face_1.jpg")
+    with pytest.raises(InputError, match="face_1.* differ in their suffix alone"):
+        evaluate.main([*rest, "--export_lr", str(lr)])

@@ -1,0 +1,32 @@
+"""A judge from a TorchScript file, which is code that the user trusts."""
+
+import zipfile
+from pathlib import Path
+
+import torch
+
+from support.cli import InputError
+
+EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.export's
+SCRIPTED = "constants.pkl"  # in TorchScript's
+
+
+def load_script(path):
+    """A TorchScript file -> the network in eval mode. Raises InputError naming --judge."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = {Path(entry).name for entry in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        inside = set()
+    if inside & EXPORTED or Path(path).suffix == ".pt2":
+        # torch.export.load unpickles and opens libraries that lie in the archive
+        raise InputError(f"--judge {path}: a torch.export archive, which can run any program when "
+                         "it is opened; save the network with torch.jit.save instead")
+    try:
+        if SCRIPTED not in inside:
+            raise ValueError("no TorchScript")
+        network = torch.jit.load(path, map_location="cpu").eval()
+    except Exception:  # the loader raises what it likes
+        raise InputError(f"--judge {path}: not a TorchScript file that can be loaded") from None
+    network.label = path
+    return network
