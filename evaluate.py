@@ -342,9 +342,10 @@ def markdown(summary, labels):
         for metric in metrics:
             digits = 2 if metric == "psnr_y" else 4
             cells.append(f"{row[metric]:.{digits}f} [{row[metric + '_low']:.{digits}f}, "
-                         f"{row[metric + '_high']:.{digits}f}]")
-        cells.append(f"{row['psnr_y_pooled']:.2f}")
-        cells += [f"{row[rate]:.3f}" for rate in rates]
+                         f"{row[metric + '_high']:.{digits}f}]" if np.isfinite(row[metric])
+                         else "-")  # HR's PSNR-Y with itself
+        cells += [f"{row[name]:.{digits}f}" if np.isfinite(row[name]) else "-"
+                  for name, digits in {"psnr_y_pooled": 2, **dict.fromkeys(rates, 3)}.items()]
         rows_of_cells.append(cells)
     measured = "; ".join(f"{name}: {label}" for name, label in labels.items())
     return "\n".join([*markdown_table(head, rows_of_cells), "",

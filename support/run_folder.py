@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import signal
 import socket
 import subprocess
@@ -281,6 +282,19 @@ def describe(args, trainer, progress, train, valid, device, world):
                 "clean": status == "" if status is not None else None},
         "wall_seconds": float(sum(row["Seconds"] for row in progress["rows"])),
     }
+
+
+def next_commands(args):
+    """The lines to type after a run: measure its generator, use it."""
+    path = checkpoints.generator_path(args.out_dir, args.upscale_factor, args.num_epochs)
+    command = ["python", "evaluate.py", "--checkpoint", path, "--data_dir", args.valid_dir,
+               "--out_dir", Path(args.out_dir, "results")]
+    if args.crop_size != 128:
+        command += ["--crop_size", args.crop_size, 0]
+    if args.face_weights != "vggface2":
+        command += ["--face_weights", args.face_weights]
+    return (f"  {shlex.join(map(str, command))}\n"
+            f"  python super_resolve.py PICTURE --checkpoint {shlex.quote(str(path))}")
 
 
 # ---------------------------------------------------------------------------------------------
