@@ -71,8 +71,9 @@ def read_image(path, keep_mode=False, formats=FORMATS):
     """Any photographer's file -> upright 8-bit RGB picture (PIL).
 
     EXIF orientation is applied; 16 bit is scaled to 8, transparency laid on white, grey, palette
-    and CMYK converted. `keep_mode` only turns it upright. formats: what Pillow may try. Raises
-    InputError naming the file.
+    and CMYK converted. `keep_mode` only turns it upright. formats: what Pillow may try. Of several
+    frames it is the first; `keep_mode` then notes .info["animated"]. Raises InputError naming the
+    file.
     """
     try:
         with Image.open(path, formats=formats) as image:
@@ -84,9 +85,12 @@ def read_image(path, keep_mode=False, formats=FORMATS):
             limit = min(Image.MAX_IMAGE_PIXELS, max(2 ** 24, 1000 * size))
             if image.width * image.height > limit:
                 raise InputError(f"declares {image.width}x{image.height} px, a decompression bomb")
+            # of use to one who keeps the mode alone; a phone's MPO holds thumbnails, too
+            animated = keep_mode and image.format != "MPO" and getattr(image, "is_animated", False)
             image.load()
             with contextlib.suppress(SyntaxError):  # damaged EXIF data: taken as it stands
                 image = ImageOps.exif_transpose(image)
+            image.info["animated"] = animated
         return image if keep_mode else to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
