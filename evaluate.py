@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_utils import VALID_DIR, ValidDatasetFromFolder
 from loss_identity import embed, load_face_network
-from support import checkpoints, figures
+from support import checkpoints, export, figures
 from support.cli import (
     HelpFormatter,
     InputError,
@@ -432,6 +432,9 @@ def parse(argv=None):
     add("--blend", action="append", default=[], metavar="B.pth:0.3",
         help="also 0.7 of the first checkpoint's weights and 0.3 of B's; may be repeated")
     add("--data_dir", default=VALID_DIR, help="folder of photographs")
+    add("--export", nargs=2, metavar=("FORMAT", "OUT"),
+        help="measure nothing but write the one generator to the file OUT: onnx or torchscript, "
+             "for LR of any size, or safetensors, its weights")
     add("--crop_size", type=not_negative, nargs="+", default=[128, 0],
         help="HR sizes in px of the centre crops to measure; 0: whole frames, as the report's code")
     add("--shift", type=int, nargs="+", default=[], metavar="PX",
@@ -512,8 +515,28 @@ def verdict(pair):
     return "better beyond chance" if pair.difference > 0 else "worse beyond chance"
 
 
+def export_generator(args):
+    """--export: the one checkpoint or blend, or the shipped generator, in another format."""
+    kind, out = args.export
+    if kind not in export.FORMATS:
+        raise InputError(f"--export {kind}: give {', '.join(export.FORMATS[:-1])} or "
+                         f"{export.FORMATS[-1]}, then the file to write")
+    if len(args.checkpoint) > 1 or len(args.blend) > 1:
+        raise InputError("--export writes one generator: give one --checkpoint, or one --blend")
+    path = args.checkpoint[0] if args.checkpoint else checkpoints.shipped_generator()
+    if args.blend:
+        generator = checkpoints.load_blend(path, *checkpoints.parse_blend(args.blend[0]))
+    else:
+        generator = checkpoints.load_generator(path)
+    export.export(generator, kind, out)
+    print(f"{path}: wrote {out}, {generator.scale_factor}x")
+
+
 def main(argv=None):
     args = parse(argv)
+    if args.export:
+        export_generator(args)
+        return
     device, folder = choose_device(args.device), Path(args.out_dir)
     check_out_dir(args.out_dir, data_dir=args.data_dir)
     strangers = [*folder.glob("comparison_*.png"), *folder.glob("sweep.png")]

@@ -31,7 +31,7 @@ def begin(out_dir, device):
     return ["--train_dir", f"{folder}/data/train", "--valid_dir", f"{folder}/data/valid",
             "--out_dir", str(folder), "--overwrite", "--device", device,
             "--start", str(checkpoints.PRETRAINED / "pixel" / "netG_epoch_8_15.pth"),
-            "--crop_size", "64", "--num_epochs", str(EPOCHS), "--batch_size", "8",
+            "--crop_size", "64", "--num_epochs", str(EPOCHS), "--batch_size", "8", "--lr", "1e-4",
             "--vgg_weights", "random", "--face_weights", "random"]
 
 
