@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_utils import VALID_DIR, ValidDatasetFromFolder
 from loss_identity import embed, load_face_network
-from support import checkpoints, export, figures
+from support import checkpoints, export, figures, report
 from support.cli import (
     HelpFormatter,
     InputError,
@@ -331,25 +331,34 @@ def differences(per_image, seed):
     return pd.DataFrame(rows)
 
 
-def markdown(summary, labels):
-    """The summary as a Markdown table, figures with their intervals, and what measured them."""
+def cells(summary):
+    """The summary as texts, figures with their intervals -> (head of the table, its rows)."""
     metrics = [c for c in summary.columns if f"{c}_low" in summary.columns]
     rates = [c for c in summary.columns if c.startswith(("rank", "auc", "tar"))]
     head = ["model", "n", *metrics, "psnr_y_pooled", *rates]
     rows_of_cells = []
     for _, row in summary.iterrows():
-        cells = [row["model"], str(row["n"])]
+        texts = [row["model"], str(row["n"])]
         for metric in metrics:
             digits = 2 if metric == "psnr_y" else 4
-            cells.append(f"{row[metric]:.{digits}f} [{row[metric + '_low']:.{digits}f}, "
+            texts.append(f"{row[metric]:.{digits}f} [{row[metric + '_low']:.{digits}f}, "
                          f"{row[metric + '_high']:.{digits}f}]" if np.isfinite(row[metric])
                          else "-")  # HR's PSNR-Y with itself
-        cells += [f"{row[name]:.{digits}f}" if np.isfinite(row[name]) else "-"
+        texts += [f"{row[name]:.{digits}f}" if np.isfinite(row[name]) else "-"
                   for name, digits in {"psnr_y_pooled": 2, **dict.fromkeys(rates, 3)}.items()]
-        rows_of_cells.append(cells)
+        rows_of_cells.append(texts)
+    return head, rows_of_cells
+
+
+def measured_by(labels):
+    """A line on units, intervals and face networks."""
     measured = "; ".join(f"{name}: {label}" for name, label in labels.items())
-    return "\n".join([*markdown_table(head, rows_of_cells), "",
-                      f"PSNR-Y in dB; [95 % bootstrap interval]; {measured}", ""])
+    return f"PSNR-Y in dB; [95 % bootstrap interval]; {measured}"
+
+
+def markdown(summary, labels):
+    """The summary as a Markdown table, figures with their intervals, and what measured them."""
+    return "\n".join([*markdown_table(*cells(summary)), "", measured_by(labels), ""])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -490,22 +499,25 @@ def load_dataset(args, factor):
     return ValidDatasetFromFolder(args.data_dir, room, factor, args.cache_gb, "--data_dir")
 
 
-def write_tables(args, tables, labels):
+def write_tables(args, tables, labels, pictures):
     """CSV and Markdown of all framings; prints what a person wants to know.
 
-    tables: {framing: (per image, summary, differences)}.
+    tables: {framing: (per image, summary, differences)}; pictures: {framing: `picture_rows`}.
+    -> the sections of `report.save_report`.
     """
-    folder, text = Path(args.out_dir), ""
+    folder, text, sections = Path(args.out_dir), "", []
     for n, name in enumerate(("per_image", "summary", "differences")):
         whole = pd.concat([table[n].assign(framing=framing) for framing, table in tables.items()])
         checkpoints.save_csv(whole[["framing", *whole.columns[:-1]]], folder / f"{name}.csv")
     for framing, (_, summary, pairs) in tables.items():
         text += f"## {framing}\n\n{markdown(summary, labels)}\n"
-        text += "".join(
-            f"- {p.model} - {p.minus}: {p.metric} {p.difference:+.4f} [{p.low:+.4f}, "
-            f"{p.high:+.4f}], {verdict(p)}\n" for p in pairs.itertuples()) + "\n"
+        lines = [f"{p.model} - {p.minus}: {p.metric} {p.difference:+.4f} [{p.low:+.4f}, "
+                 f"{p.high:+.4f}], {verdict(p)}" for p in pairs.itertuples()]
+        text += "".join(f"- {line}\n" for line in lines) + "\n"
+        sections.append((framing, cells(summary), lines, pictures[framing]))
     checkpoints.save_text(text, folder / "summary.md")
     print(text, end="")
+    return sections
 
 
 def verdict(pair):
@@ -551,7 +563,7 @@ def main(argv=None):
     precision = fast_precision(device) if args.precision == "auto" else args.precision
     if precision != "fp32":
         labels["cosine"] += f"; generators and it computed in {precision}"
-    context, tables = autocast(device, precision), {}
+    context, tables, pictures = autocast(device, precision), {}, {}
     for crop_size in args.crop_size:
         name, framing = framing_name(crop_size), dataset.framed(crop_size)
         per_image, vectors = measure(models, framing, embedders, args.batch_size, device, context)
@@ -561,16 +573,18 @@ def main(argv=None):
         summary = summarise(per_image, vectors, args.seed).assign(
             networks="; ".join(labels.values()))
         tables[name] = per_image, summary, differences(per_image, args.seed)
-        figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *models],
-                                picture_rows(models, framing, per_image, device))
-    write_tables(args, tables, labels)
+        pictures[name] = picture_rows(models, framing, per_image, device)
+        figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *models], pictures[name])
+    sections, picture = write_tables(args, tables, labels, pictures), None
     if args.shift or args.scale:
         table = sweep(models, dataset, args, embedders["cosine"], device, context)
+        picture = folder / "sweep.png"
         checkpoints.save_csv(table, folder / "sweep.csv")
-        figures.save_sweep(table, folder / "sweep.png")
+        figures.save_sweep(table, picture)
         print(table.round(4).to_string(index=False))
-    print(f"wrote summary.csv, summary.md, differences.csv, per_image.csv, comparison_*.png"
-          f"{' and sweep.*' * bool(args.shift or args.scale)} to {folder}/")
+    report.save_report(folder / "report.html", measured_by(labels), sections, picture)
+    print("wrote report.html, summary.csv, summary.md, differences.csv, per_image.csv, "
+          f"comparison_*.png{' and sweep.*' * bool(args.shift or args.scale)} to {folder}/")
 
 
 if __name__ == "__main__":

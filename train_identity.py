@@ -21,7 +21,7 @@ from tqdm import tqdm
 import evaluate
 from data_utils import CROPS, TRAIN_DIR, VALID_DIR, epoch_order, load_data
 from loss_identity import PRESETS
-from support import checkpoints, demo, figures, run_folder
+from support import checkpoints, demo, figures, run_folder, tensorboard
 from support.cli import HelpFormatter, InputError, log, not_negative, positive, run_script, weight
 from support.machine import DEVICES, PRECISIONS, keep_freed_memory, set_up_machine
 from training_step import (
@@ -207,10 +207,12 @@ def write_epoch(trainer, args, rows, config, validation_set):
                                checkpoints.generator_path(folder, args.upscale_factor, epoch))
         checkpoints.save_torch(trainer.netD.state_dict(),
                                folder / f"netD_epoch_{args.upscale_factor}_{epoch}.pth")
-    rows = [evaluate.restore(trainer.average, dataset, index, trainer.device)
-            for index in range(min(4, len(validation_set)))
-            for dataset in (validation_set.framed(0), validation_set)]
-    figures.save_samples(folder / "samples" / f"epoch_{epoch}.png", rows)
+    images = [evaluate.restore(trainer.average, dataset, index, trainer.device)
+              for index in range(min(4, len(validation_set)))
+              for dataset in (validation_set.framed(0), validation_set)]
+    figures.save_samples(folder / "samples" / f"epoch_{epoch}.png", images)
+    if args.tensorboard:
+        tensorboard.write_epoch(folder, rows[-1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,6 +224,8 @@ def train(args):
     device, rank, world = set_up_machine(args.device)
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} does not divide by {world} processes")
+    if args.tensorboard:
+        tensorboard.summary_writer()  # missing: said now, not after an epoch
     train_set, valid_set = load_data(args)
     state = run_folder.open_run(args) if rank == 0 or args.resume else None
     steps_per_epoch = math.ceil(math.ceil(len(train_set) / world) / (args.batch_size // world))
@@ -337,7 +341,8 @@ def add_flags(parser):
     add("--overwrite", action="store_true", help="replace the run in --out_dir")
     add("--config", help="config.json of a run to repeat; other flags override it")
     add("--save_every", type=positive, default=10, help="epochs between netG/netD checkpoints")
-    add("--save_minutes", type=weight, default=10, help="minutes between writes of last.pt")
+    add("--tensorboard", action="store_true",
+        help="also write the rows and samples for TensorBoard (the package tensorboard)")
     add("--demo", action="store_true",
         help="a two-minute run on synthetic portraits with random frozen networks")
 

@@ -76,9 +76,9 @@ def save_torch(value, path):
 
 def save_safetensors(state, path):
     """A state dict as safetensors, atomically. Raises InputError where the package is missing."""
-    save = safetensors(path).save_file
+    data = safetensors(path).save({name: value.contiguous() for name, value in state.items()})
     with replacing(path) as temporary:
-        save({name: value.contiguous() for name, value in state.items()}, str(temporary))
+        temporary.write_bytes(data)  # save_file would make a file that others may not read
 
 
 def safetensors(path):

@@ -10,8 +10,7 @@ from support import checkpoints, figures
 from support.cli import log
 from support.portraits import synthetic_portraits
 
-SIZE = 128  # px of a portrait
-EPOCHS = 5
+EPOCHS = 6
 
 
 def begin(out_dir, device):
@@ -21,12 +20,13 @@ def begin(out_dir, device):
     """
     folder = Path(out_dir, "demo")
     for split, n, seed in (("train", 64, 1), ("valid", 12, 2)):
-        portraits = [Image.fromarray(array) for array in synthetic_portraits(n, SIZE, seed)]
+        portraits = [Image.fromarray(array) for array in synthetic_portraits(n, 128, seed)]
         for i, portrait in enumerate(portraits):
             figures.save_image(portrait, folder / "data" / split / f"{i:03}.png")
-    restore(portraits[0], folder / "restored.png")
-    log(f"{folder}/restored.png: a drawn person, never seen, by the shipped generator (bicubic | "
-        f"SR | original)\nnow a smoke test of the training, on the {n} + 64 drawn people in "
+    portrait = Image.fromarray(synthetic_portraits(1, 256, 3)[0])
+    restore(portrait.crop((64, 64, 192, 192)), folder / "restored.png")
+    log(f"{folder}/restored.png: a drawn face by the shipped generator (bicubic | SR | original)\n"
+        f"now a smoke test of the training: from the shipped pixel network, on the drawn people in "
         f"{folder}/data, with random frozen networks:")
     return ["--train_dir", f"{folder}/data/train", "--valid_dir", f"{folder}/data/valid",
             "--out_dir", str(folder), "--overwrite", "--device", device,

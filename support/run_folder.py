@@ -27,8 +27,9 @@ except ImportError:  # Windows: two runs in one folder go unseen
 # Flags that say where a run is kept or how it was called, and those that say where it computes:
 # neither kind is part of what it learns.
 NOT_OF_THE_RUN = {"config", "recipe", "preset", "resume", "overwrite", "demo", "out_dir"}
-MACHINE_FLAGS = {"save_every", "save_minutes", "cache_gb", "device", "allow_overlap", "precision",
-                 "train_dir", "valid_dir"}
+MACHINE_FLAGS = {"save_every", "cache_gb", "device", "allow_overlap", "precision", "train_dir",
+                 "valid_dir", "tensorboard"}
+SAVE_MINUTES = 10  # between writes of last.pt
 
 # Flags of versions before --without: (today's value, the report's, the departure's name now).
 OLD_FLAGS = {
@@ -86,6 +87,7 @@ def stored_flags(flags, args, source):
             elif value != ours:
                 left_out.append(f"{name} {value}")
     flags.setdefault("without", without)
+    flags.pop("save_minutes", None)  # was one before SAVE_MINUTES: nothing that a run learns from
     known = run_flags(args)
     left_out += sorted(flags.keys() - known.keys())
     for what, names in (("is left out, being unknown", left_out),
@@ -172,7 +174,8 @@ def delete_old_run(args):
     """What --overwrite replaces, but for last.pt: the new run's has just taken its place."""
     folder = Path(args.out_dir)
     named = [folder / name for name in ("config.json", "train_results.csv", "curves.png")]
-    for path in (*named, *generators(args), *folder.glob("samples/epoch_*.png")):
+    for path in (*named, *generators(args), *folder.glob("samples/epoch_*.png"),
+                 *folder.glob("tensorboard/events.out.tfevents.*")):
         path.unlink(missing_ok=True)
 
 
@@ -384,7 +387,7 @@ class Saver:
 
     def agree(self):
         """(signal that any process caught or 0, whether any finds it time to save)."""
-        due = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        due = time.perf_counter() - self.saved > 60 * SAVE_MINUTES
         asked = [self.caught[0] if self.caught else 0, int(due)]
         if self.world > 1:
             # a GPU that waits for the others' answer stands still, so it asks now and then

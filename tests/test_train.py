@@ -328,6 +328,32 @@ def test_run_writes_every_promised_file(finished):
     Discriminator().load_state_dict(torch.load(finished / "netD_epoch_2_2.pth"))
 
 
+def test_tensorboard_has_the_same_rows_and_samples(faces, tmp_path, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = flags(faces, tmp_path, "--tensorboard")
+    train_identity.main(run)
+    train_identity.main([*run, "--overwrite"])  # what the first run wrote goes
+    train_identity.main(["--resume", "--out_dir", str(tmp_path), "--num_epochs", "3"])
+    assert len([*(tmp_path / "tensorboard").iterdir()]) == 3
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    table = pd.read_csv(tmp_path / "train_results.csv").set_index("Epoch")
+    for name in table.columns.drop(["Phase", "Content"]):  # alpha is 0
+        expected = table[name].dropna()
+        assert [event.step for event in events.Scalars(name)] == [*expected.index]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([*expected])
+    shown = events.Images("samples (bicubic, SR, HR)")
+    assert [event.step for event in shown] == [1, 2, 3]
+    sample = Image.open(tmp_path / "samples" / "epoch_3.png")
+    assert np.array_equal(Image.open(io.BytesIO(shown[2].encoded_image_string)), sample)
+
+
+def test_tensorboard_that_is_missing_is_said_at_once(faces, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        train_identity.main(flags(faces, tmp_path, "--tensorboard"))
+    assert not (tmp_path / "train_results.csv").exists()
+
+
 def test_pixel_loss_falls(faces, tmp_path):
     train_identity.main(flags(faces, tmp_path, "--num_epochs", "8", "--pretrain_epochs", "8",
                               "--lr", "0.002"))
@@ -462,8 +488,7 @@ def test_weights_that_are_not_finite_are_not_saved(faces, finished, tmp_path, mo
 
     monkeypatch.setattr(train_identity, "apply_updates", apply_updates)
     with pytest.raises(InputError, match="epoch 3, step 3: .*not finite"):
-        train_identity.main(["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs", "3",
-                             "--save_minutes", "1000"])
+        train_identity.main(["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs", "3"])
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not (tmp_path / "run" / "netG_epoch_2_3.pth").exists()
 
@@ -622,8 +647,8 @@ def test_killed_at_twenty_random_moments(faces, finished, tmp_path):
     started = time.monotonic()
     while kills < 20:
         argv = (["--resume", "--out_dir", str(folder)] if (folder / "last.pt").exists()
-                else flags(faces, folder, "--save_minutes", "0", "--num_epochs", "200"))
-        process = context.Process(target=train_identity.main, args=(argv,))
+                else flags(faces, folder, "--num_epochs", "200"))
+        process = context.Process(target=ranks.train_and_save_always, args=(argv,))
         begun = time.time()
         process.start()
         # a quarter anywhere from the start on, the others once a checkpoint is on its way
