@@ -550,6 +550,7 @@ def test_the_script_on_portraits(checkpoint, tmp_path, capsys):
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split()[1] for row in rows] == ["model", "bicubic", checkpoint.stem, "HR"]
     assert len({row.count("|") for row in rows}) == 1
+    assert rows[-1].split()[5] == "-" and "inf" not in rows[-1]  # HR's PSNR-Y with itself
     assert text in capsys.readouterr().out
     assert min(Image.open(out / "comparison_crop_32.png").size) >= 4 * 32
 
