@@ -23,6 +23,7 @@ from data_utils import CROPS, TRAIN_DIR, VALID_DIR, epoch_order, load_data
 from loss_identity import PRESETS
 from support import checkpoints, demo, figures, run_folder, tensorboard
 from support.cli import HelpFormatter, InputError, log, not_negative, positive, run_script, weight
+from support.framing import warn_of_framing
 from support.machine import DEVICES, PRECISIONS, keep_freed_memory, set_up_machine
 from training_step import (
     LAZY_INTERVAL,
@@ -227,6 +228,8 @@ def train(args):
     if args.tensorboard:
         tensorboard.summary_writer()  # missing: said now, not after an epoch
     train_set, valid_set = load_data(args)
+    if rank == 0:
+        warn_of_framing(valid_set)
     state = run_folder.open_run(args) if rank == 0 or args.resume else None
     steps_per_epoch = math.ceil(math.ceil(len(train_set) / world) / (args.batch_size // world))
     trainer = build_trainer(args, device, steps_per_epoch, world)
