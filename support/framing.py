@@ -8,7 +8,7 @@ LOOKED_AT = 20  # photographs, in half a second on a core
 # In the frame's side, of 20 photographs framed like CelebA-HQ: middle of the eyes (spread 0.007,
 # 0.006) and their distance (0.008).
 EYES, DISTANCE = (0.50, 0.47), 0.257
-MOST_OFF, MOST_SCALED = 0.05, 1.2
+MOST_OFF, MOST_SCALED = 0.05, 1.25
 SMALLEST = 128  # px of a frame in which eyes are found to a hundredth
 
 
@@ -44,4 +44,5 @@ def framing_warning(pictures):
         return None
     return (f"warning: the photographs are not framed like CelebA-HQ: the eyes are at ({x:.2f}, "
             f"{y:.2f}) of the frame, {distance:.2f} apart, instead of ({EYES[0]:.2f}, "
-            f"{EYES[1]:.2f}), {DISTANCE:.2f}. A network learns the framing that it is shown: align them first")
+            f"{EYES[1]:.2f}), {DISTANCE:.2f}. A network learns the framing that it is "
+            "shown: align them first")
