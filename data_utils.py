@@ -33,6 +33,7 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", "
 # What Pillow may try on a file, whatever its suffix: nothing that runs other programs. JPEG takes
 # in MPO, the JPEG of many phones.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+NAMES = {"WEBP": "WebP"}  # as a person writes them, where Pillow does not
 
 # read_image refuses what this warns of
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -41,7 +42,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Photographs
 
 
-def list_images(folder, flag):
+def list_images(folder, flag, formats=FORMATS, suffixes=SUFFIXES):
     """Sorted paths of the images in `folder`; subfolders, hidden and other files are passed by.
 
     `flag` is the command-line flag that names the folder. Raises InputError if there is none.
@@ -49,26 +50,36 @@ def list_images(folder, flag):
     folder = Path(folder)
     wanted = f"set {flag} to a folder that holds the photographs themselves (face_001.jpg, ...)"
     if not folder.is_dir():
+        if flag in ("--train_dir", "--valid_dir", "--data_dir"):
+            wanted += ("; prepare_celeba_hq.py makes it of CelebA-HQ, and train_identity.py "
+                       "--demo needs none")
         raise InputError(f"{folder}: no such folder; {wanted}")
     paths = sorted(p for p in folder.iterdir()
-                   if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+                   if p.suffix.lower() in suffixes and not p.name.startswith(".") and p.is_file())
     if not paths:
-        raise InputError(f"{folder}: no JPEG, PNG, WebP, BMP or TIFF in it; {wanted}")
+        raise InputError(f"{folder}: no {format_names(formats, 'or')} in it; {wanted}")
     return paths
 
 
-def read_image(path, keep_mode=False):
+def format_names(formats, conjunction):
+    """("JPEG", "WEBP", "BMP"), "or" -> "JPEG, WebP or BMP"."""
+    *names, last = (NAMES.get(name, name) for name in formats)
+    return f"{', '.join(names)} {conjunction} {last}"
+
+
+def read_image(path, keep_mode=False, formats=FORMATS):
     """Any photographer's file -> upright 8-bit RGB picture (PIL).
 
     EXIF orientation is applied; 16 bit is scaled to 8, transparency laid on white, grey, palette
-    and CMYK converted. `keep_mode` only turns it upright. Raises InputError naming the file, also
-    for pixels of 32 bit, of which none is known to be white.
+    and CMYK converted. `keep_mode` only turns it upright. formats: what Pillow may try. Of several
+    frames it is the first; `keep_mode` then notes .info["animated"]. Raises InputError naming the
+    file, also for pixels of 32 bit, of which none is known to be white.
     """
     try:
         if isinstance(path, (str, os.PathLike)) and Path(path).exists() and (
                 not Path(path).is_file()):
             raise InputError("not a file that can be read to its end")  # a pipe would be waited for
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats) as image:
             place = image.fp.tell()
             size = image.fp.seek(0, os.SEEK_END)
             image.fp.seek(place)
@@ -79,14 +90,17 @@ def read_image(path, keep_mode=False):
                 raise InputError(f"declares {image.width}x{image.height} px, a decompression bomb")
             if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
                 raise InputError("holds 32-bit or signed pixels; save it with 8 or 16 bit")
+            # of use to one who keeps the mode alone; a phone's MPO holds thumbnails, too
+            animated = keep_mode and image.format != "MPO" and getattr(image, "is_animated", False)
             image.load()
             with contextlib.suppress(SyntaxError):  # damaged EXIF data: taken as it stands
                 image = ImageOps.exif_transpose(image)
+            image.info["animated"] = animated
         return image if keep_mode else to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not an image of a known format"
+            reason = f"not a picture of a known format ({format_names(formats, 'and')})"
         raise InputError(f"{path}: {reason}") from None
 
 

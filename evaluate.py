@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_utils import VALID_DIR, ValidDatasetFromFolder, list_images, read_image, to_tensor
 from loss_identity import embed, load_face_network
-from support import checkpoints, figures
+from support import checkpoints, export, figures, report
 from support.cli import (
     InputError,
     Parser,
@@ -36,7 +36,14 @@ from support.cli import (
 )
 from support.figures import save_image, to_image
 from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
-from support.tables import differences, is_distance, summarise, write_people, write_tables
+from support.tables import (
+    differences,
+    is_distance,
+    summarise,
+    words_of,
+    write_people,
+    write_tables,
+)
 from support.torchscript import load_script
 from support.verification import pair_rates, read_pairs, recognition, similarity
 
@@ -486,6 +493,9 @@ def parse(argv=None):
         help="instead: write the LR pictures, the inputs for that, to FOLDER/crop_128/ and the "
              "like")
     add("--data_dir", default=VALID_DIR, help="folder of photographs")
+    add("--export", nargs=2, metavar=("FORMAT", "OUT"),
+        help="measure nothing but write the one generator to the file OUT: onnx or torchscript, "
+             "for LR of any size, or safetensors, its weights")
     add("--crop_size", type=not_negative, nargs="+", default=[128, 0],
         help="HR sizes in px of the centre crops to measure; 0: whole frames, as the report's code")
     add("--shift", type=int, nargs="+", default=[], metavar="PX",
@@ -547,12 +557,29 @@ def load_dataset(args, factor):
     return ValidDatasetFromFolder(args.data_dir, room, factor, args.cache_gb, "--data_dir")
 
 
+def export_generator(args):
+    """--export: the one checkpoint or blend, or the shipped generator, in another format."""
+    kind, out = args.export
+    if kind not in export.FORMATS:
+        raise InputError(f"--export {kind}: give {', '.join(export.FORMATS[:-1])} or "
+                         f"{export.FORMATS[-1]}, then the file to write")
+    if len(args.checkpoint) > 1 or len(args.blend) > 1:
+        raise InputError("--export writes one generator: give one --checkpoint, or one --blend")
+    path = args.checkpoint[0] if args.checkpoint else checkpoints.shipped_generator()
+    if args.blend:
+        generator = checkpoints.load_blend(path, *checkpoints.parse_blend(args.blend[0]))
+    else:
+        generator = checkpoints.load_generator(path)
+    export.export(generator, kind, out)
+    print(f"{path}: wrote {out}, {generator.scale_factor}x")
+
+
 def compare_models(args, models, dataset, embedders, labels, device, context):
     """Every model on every framing, and on those of --shift and --scale; writes tables, pictures.
 
     embedders, labels: of `load_embedders`.
     """
-    folder, tables = Path(args.out_dir), {}
+    folder, tables, pictures = Path(args.out_dir), {}, {}
     framings = [dataset.framed(size) for size in args.crop_size]
     of_framing = [with_restored(models, args.restored, framing) for framing in framings]
     for framing, shown in zip(framings, of_framing):
@@ -561,16 +588,19 @@ def compare_models(args, models, dataset, embedders, labels, device, context):
         summary = summarise(per_image, vectors, args.seed).assign(
             networks="; ".join(labels.values()))
         tables[name] = per_image, summary, differences(per_image, args.seed)
-        figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *shown],
-                                picture_rows(shown, framing, per_image, device))
-    write_tables(folder, tables, labels)
+        pictures[name] = picture_rows(shown, framing, per_image, device)
+        figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *shown], pictures[name])
+    sections, picture = write_tables(folder, tables, labels, pictures), None
     if args.shift or args.scale:
         table = sweep(models, dataset, args, embedders["cosine"], device, context)
+        picture = folder / "sweep.png"
         checkpoints.save_csv(table, folder / "sweep.csv")
-        figures.save_sweep(table, folder / "sweep.png")
+        figures.save_sweep(table, picture)
         print(table.round(4).to_string(index=False))
-    print(f"wrote summary.csv, summary.md, differences.csv, per_image.csv, comparison_*.png"
-          f"{' and sweep.*' * bool(args.shift or args.scale)} to {folder}/")
+    note = words_of(next(iter(tables.values()))[1], labels)
+    report.save_report(folder / "report.html", note, sections, picture)
+    print("wrote report.html, summary.csv, summary.md, differences.csv, per_image.csv, "
+          f"comparison_*.png{' and sweep.*' * bool(args.shift or args.scale)} to {folder}/")
 
 
 def check_outputs(args):
@@ -589,6 +619,8 @@ def check_outputs(args):
 
 def main(argv=None):
     args = parse(argv)
+    if args.export:
+        return export_generator(args)
     device = choose_device(args.device)
     check_outputs(args)
     models, factor = load_models(args, device)

@@ -3,6 +3,7 @@
     python super_resolve.py face.png folder/ --out_dir out           # pictures that are a face
     python super_resolve.py party.jpg --detect --out_dir out         # faces in a larger photo
     python super_resolve.py face.png --checkpoint epochs/netG_epoch_8_100.pth --compare
+    find album/ -name '*.heic' | python super_resolve.py - --detect  # a list of paths
 
 `face.png` gives `face_sr.png`; `party.jpg` gives `party_face1.png`, ... and, enlarged, with its
 small faces restored, `party_restored.png`. A further input of the same name, from another folder or
@@ -16,9 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, features
 
-from data_utils import list_images, read_image, to_rgb, to_tensor
+from data_utils import FORMATS, SUFFIXES, list_images, read_image, to_rgb, to_tensor
 from support import checkpoints, figures
 from support.cli import InputError, Parser, positive, run_script
 from support.figures import to_image
@@ -33,18 +34,40 @@ REACH = 18    # LR px to each side that an output pixel depends on (the most ove
 SMALLEST = 20  # px of the smallest face looked for, MTCNN's default
 SURE = 0.95   # MTCNN's probability; faces of 32 px and more score above 0.99, flukes below 0.95
 MOST = 10 ** 8  # px of a restored photo: 300 MB in memory
+# Beyond what training takes: {suffix: what is missing where it cannot be read}.
+MORE_SUFFIXES = {".gif": "", ".avif": "a Pillow of 11.3 or more, built with AVIF",
+                 **dict.fromkeys((".heic", ".heif"), "the package pillow-heif: "
+                                                     "pip install pillow-heif")}
 
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
 
 
-def find_inputs(arguments, fail):
-    """Pictures and folders -> paths in that order, each once; fail(error) for an empty folder."""
-    paths = {}
+def known_formats():
+    """Pillow's names of the formats that can be read here; a HEIC decoder is taken in if found."""
+    try:
+        from pillow_heif import register_heif_opener
+        register_heif_opener()
+        heif = ("HEIF",)
+    except ImportError:
+        heif = ()
+    return (*FORMATS, "GIF", *["AVIF"] * features.check("avif"), *heif)
+
+
+def find_inputs(arguments, fail, formats=FORMATS):
+    """Pictures and folders -> paths in that order, each once; fail(error) for an empty folder.
+
+    The argument - stands for the lines of standard input.
+    """
+    paths, suffixes = {}, SUFFIXES | MORE_SUFFIXES.keys()
+    arguments = [path for argument in arguments for path in (
+        sys.stdin.read().splitlines() if argument == "-" else [argument]) if path]
     for argument in map(Path, arguments):
         try:
-            found = list_images(argument, "the argument") if argument.is_dir() else [argument]
+            found = [argument]
+            if argument.is_dir():
+                found = list_images(argument, "the argument", formats, suffixes)
         except InputError as error:
             fail(error)
             continue
@@ -213,13 +236,25 @@ def frame_size(side, factor):
 # From file to files
 
 
-def prepare(path, stem, detector, factor, reduce):
+def read_any(path, formats):
+    """`read_image` in its own mode; where the decoder is missing, its InputError says so."""
+    try:
+        return read_image(path, keep_mode=True, formats=formats)
+    except InputError as error:
+        missing = MORE_SUFFIXES.get(path.suffix.lower())
+        name = "AVIF" if path.suffix.lower() == ".avif" else "HEIF"
+        if not missing or name in formats or not path.is_file():
+            raise
+        raise InputError(f"{path}: to read this format needs {missing}") from error
+
+
+def prepare(path, stem, formats, detector, factor, reduce):
     """Read one file -> all that is known of it; `.lr`: the RGB pictures to super-resolve.
 
-    reduce: px to bring the shorter side to, or None. Raises InputError naming the file:
-    unreadable, too large, or without a face.
+    formats: `known_formats()`; reduce: px to bring the shorter side to, or None. Raises InputError
+    naming the file: unreadable, too large, or without a face.
     """
-    original = read_image(path, keep_mode=True)
+    original = read_any(path, formats)
     try:
         rgb, alpha = split_alpha(original)
     except ValueError as error:  # a colour space that Pillow reads but does not convert
@@ -320,7 +355,9 @@ def parse(argv):
     parser = Parser(
         description="Upscale small face pictures, or the faces in photographs.",
         epilog="example: python super_resolve.py party.jpg --detect --compare --out_dir out")
-    parser.add_argument("inputs", nargs="+", help="pictures, and folders of pictures")
+    parser.add_argument("inputs", nargs="+",
+        help="pictures (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF; HEIC with the package pillow-heif), "
+             "and folders of pictures; -: a list of them, a line each, on standard input")
 
     add = parser.add_argument_group("output").add_argument
     add("--out_dir", default="out", help="folder for the PNG files")
@@ -359,7 +396,10 @@ def main(argv=None):
         failed.append(error)
         print(f"error: {error}", file=sys.stderr)
 
-    out_dir, paths = Path(args.out_dir), find_inputs(args.inputs, fail)
+    formats = known_formats()
+    out_dir, paths = Path(args.out_dir), find_inputs(args.inputs, fail, formats)
+    if not paths and not failed:
+        raise InputError("-: no path on standard input; give one a line")
     if out_dir.resolve() in {path.resolve().parent for path in paths}:
         raise InputError(f"--out_dir {out_dir} holds an input, which an output might overwrite; "
                          "choose another folder")
@@ -378,7 +418,8 @@ def main(argv=None):
         jobs = []
         for path, stem in files[start:start + step]:
             try:
-                jobs.append(prepare(path, stem, detector, generator.scale_factor, args.reduce))
+                jobs.append(prepare(path, stem, formats, detector, generator.scale_factor,
+                                    args.reduce))
             except InputError as error:
                 fail(error)
         all_faces = super_resolve(generator, [lr for job in jobs for lr in job.lr],
@@ -396,6 +437,7 @@ def main(argv=None):
             for path, picture in written.items():
                 figures.save_image(picture, path)
             sizes = ", ".join(f"{path} ({p.width}x{p.height})" for path, p in written.items())
+            remark += "; only the first frame" * job.original.info["animated"]
             print(f"{job.path} ({job.rgb.width}x{job.rgb.height}) -> {sizes}{remark}", flush=True)
     if failed:
         raise InputError(f"{len(failed)} input(s) could not be used, see above")

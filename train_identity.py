@@ -18,16 +18,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
 import evaluate
 from data_utils import CROPS, TRAIN_DIR, VALID_DIR, epoch_order, load_data
 from loss_identity import PRESETS
-from support import checkpoints, figures, run_folder
+from support import checkpoints, demo, figures, run_folder, tensorboard
 from support.cli import InputError, Parser, log, not_negative, positive, run_script, weight
+from support.framing import warn_of_framing
 from support.machine import DEVICES, PRECISIONS, keep_freed_memory, set_up_machine
-from support.portraits import synthetic_portraits
 from training_step import (
     LAZY_INTERVAL,
     LOGGED,
@@ -71,6 +70,8 @@ UNDONE = {"mixed_crops": {"crop": "random"}, "pretraining": {"pretrain_epochs": 
           "fast_precision": {"precision": "fp32"}}
 
 
+IN_BAR = {"pixel": "pixel", "score_d": "D(x)", "score_g": "D(G(z))"}  # what a step's bar shows
+
 # ---------------------------------------------------------------------------------------------
 # One epoch
 
@@ -95,6 +96,7 @@ def train_epoch(trainer, args, dataset, progress, rank, world, after_update):
     trainer.netD.train()
     bar = tqdm(total=len(dataset), initial=first * args.batch_size, unit="image", leave=False,
                desc=f"epoch {epoch}/{args.num_epochs}", disable=True if rank else None)
+    shown = {}  # the last values of what fits into 100 columns; not every step has all
     for step, (lr, hr) in enumerate(dataset.batches(batches[first:], device), first):
         # in turn, so that the steps are of equal length; an epoch may be shorter than the interval
         gan = with_gan and trainer.updates % interval == 0
@@ -112,8 +114,10 @@ def train_epoch(trainer, args, dataset, progress, rank, world, after_update):
             if last:
                 check_weights(trainer, progress)
             if not bar.disable:
-                bar.set_postfix({k: f"{v:.4f}" for k, v in zip(LOGGED, history[step].tolist())
-                                 if v == v}, refresh=False)
+                values = dict(zip(LOGGED, history[step].tolist()))
+                shown |= {text: f"{values[name]:.2g}" for name, text in IN_BAR.items()
+                          if not math.isnan(values[name])}
+                bar.set_postfix(shown, refresh=False)
         bar.update(len(lr) * world)
         after_update()
     bar.close()
@@ -164,6 +168,7 @@ def epoch_row(trainer, args, progress, validation):
             **measured, "Pixel": means["pixel"], "Content": means["content"],
             "Adversarial": means["adversarial"], "Identity": means["identity"],
             "D_accuracy": float(accuracy) if gan else math.nan, "Gradient_ratio": means["ratio"],
+            "D_updates": trainer.scheduleD.last_epoch,
             "Learning_rate": trainer.optimizerG.param_groups[0]["lr"],
             "Phase": "gan" if gan else "pixel", "Seconds": progress["seconds"]}
 
@@ -179,10 +184,15 @@ def summary_line(row, args):
         "PSNR", "SSIM", "Cosine"))) for suffix in ("", "_crop"))
     line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): whole frames {frames}, "
             f"centre crops {crops}, pixel {row['Pixel']:.5f}")
-    if row["Phase"] == "gan":
+    if row["Phase"] == "gan" and math.isnan(row["Score_D"]):
+        line += ", no GAN step fell into this epoch of few images"
+    elif row["Phase"] == "gan":
         line += (f", D(x) {row['Score_D']:.3f}, D(G(z)) {row['Score_G']:.3f}, "
                  f"D accuracy {row['D_accuracy']:.2f}, gradient ratio {row['Gradient_ratio']:.2g}")
-    return f"{line}; {row['Seconds']:.0f} s, about {left / 60:.0f} min left"
+    line += f"; {row['Seconds']:.0f} s"
+    if left:
+        line += f", about {f'{left:.0f} s' if left < 120 else f'{left / 60:.0f} min'} left"
+    return line
 
 
 def write_epoch(trainer, args, rows, config, validation_set):
@@ -200,10 +210,12 @@ def write_epoch(trainer, args, rows, config, validation_set):
                                checkpoints.generator_path(folder, args.upscale_factor, epoch))
         checkpoints.save_torch(trainer.netD.state_dict(),
                                folder / f"netD_epoch_{args.upscale_factor}_{epoch}.pth")
-    rows = [evaluate.restore(trainer.average, dataset, index, trainer.device)
-            for index in range(min(4, len(validation_set)))
-            for dataset in (validation_set.framed(0), validation_set)]
-    figures.save_samples(folder / "samples" / f"epoch_{epoch}.png", rows)
+    images = [evaluate.restore(trainer.average, dataset, index, trainer.device)
+              for index in range(min(4, len(validation_set)))
+              for dataset in (validation_set.framed(0), validation_set)]
+    figures.save_samples(folder / "samples" / f"epoch_{epoch}.png", images)
+    if args.tensorboard:
+        tensorboard.write_epoch(folder, rows[-1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -215,7 +227,11 @@ def train(args):
     device, rank, world = set_up_machine(args.device)
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} does not divide by {world} processes")
+    if args.tensorboard:
+        tensorboard.summary_writer()  # missing: said now, not after an epoch
     train_set, valid_set = load_data(args)
+    if rank == 0:
+        warn_of_framing(valid_set)
     state = run_folder.open_run(args) if rank == 0 or args.resume else None
     steps_per_epoch = math.ceil(math.ceil(len(train_set) / world) / (args.batch_size // world))
     trainer = build_trainer(args, device, steps_per_epoch, world)
@@ -232,6 +248,9 @@ def train(args):
     log(f"{len(train_set)} training and {len(valid_set)} validation images; {world} process(es) on "
         f"{config['device']} in {args.precision}; VGG16: {config['networks']['vgg16']}, "
         f"InceptionResnetV1: {config['networks']['inception_resnet_v1']}")
+    if args.batch_size > len(train_set):
+        log(f"warning: --batch_size {args.batch_size} is more than the {len(train_set)} training "
+            "images, so an epoch is one smaller step; take a smaller --batch_size")
     if args.pretrain_epochs >= args.num_epochs:
         log(f"the pixel loss alone: --pretrain_epochs {args.pretrain_epochs} leaves no GAN epoch "
             f"of --num_epochs {args.num_epochs}")
@@ -252,7 +271,8 @@ def train(args):
         run_epoch(trainer, args, train_set, valid_set, progress, config, saver)
         if progress["epoch"] > args.num_epochs:
             log(f"done: {args.out_dir}/ holds netG_epoch_{args.upscale_factor}_"
-                f"{args.num_epochs}.pth, train_results.csv, curves.png and samples/")
+                f"{args.num_epochs}.pth, train_results.csv, curves.png and samples/\nnext:\n"
+                + run_folder.next_commands(args))
     if world > 1:
         dist.destroy_process_group()
 
@@ -282,26 +302,6 @@ def run_epoch(trainer, args, train_set, valid_set, progress, config, saver):
         write_epoch(trainer, args, progress["rows"], config, valid_set)
     saver.save()
     saver.after_update()
-
-
-def demo(args):
-    """The main job in two minutes: synthetic people, random frozen networks, then evaluate.py."""
-    folder = Path(args.out_dir, "demo")
-    for split, n, seed in (("train", 64, 1), ("valid", 12, 2)):
-        for i, portrait in enumerate(synthetic_portraits(n, 128, seed)):
-            figures.save_image(Image.fromarray(portrait), folder / "data" / split / f"{i:03}.png")
-    log(f"synthetic portraits written to {folder / 'data'}; now a short training:")
-    results = folder / "results"
-    main(["--train_dir", f"{folder}/data/train", "--valid_dir", f"{folder}/data/valid",
-          "--crop_size", "64", "--num_epochs", "6", "--batch_size", "8", "--without", "lazy",
-          "--vgg_weights", "random", "--face_weights", "random", "--overwrite",
-          "--device", args.device, "--out_dir", str(folder)])
-    evaluate.main(["--checkpoint", f"{folder}/netG_epoch_8_6.pth", "--data_dir",
-                   f"{folder}/data/valid", "--crop_size", "64", "--face_weights", "random",
-                   "--device", args.device, "--out_dir", str(results)])
-    log(f"look at {folder}/samples/epoch_6.png (bicubic | SR | HR), {folder}/curves.png and "
-        f"{results}/comparison.png\nnext: put photographs into {TRAIN_DIR} and {VALID_DIR} and run "
-        "python train_identity.py --crop_size 128 --upscale_factor 8 --num_epochs 100")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -346,7 +346,8 @@ def add_flags(parser):
     add("--overwrite", action="store_true", help="replace the run in --out_dir")
     add("--config", help="config.json of a run to repeat; other flags override it")
     add("--save_every", type=positive, default=10, help="epochs between netG/netD checkpoints")
-    add("--save_minutes", type=weight, default=10, help="minutes between writes of last.pt")
+    add("--tensorboard", action="store_true",
+        help="also write the rows and samples for TensorBoard (the package tensorboard)")
     add("--demo", action="store_true",
         help="a two-minute run on synthetic portraits with random frozen networks")
 
@@ -406,10 +407,12 @@ def main(argv=None):
     keep_freed_memory()
     args = parse(argv)
     if args.demo:
-        demo(args)
-    else:
-        with run_folder.lock(args):
-            train(args)
+        args = parse(demo.begin(args.out_dir, args.device))
+    with run_folder.lock(args):
+        train(args)
+    if demo.is_demo(args):  # one that was interrupted and is resumed ends like any other
+        evaluate.main(demo.evaluation(args))
+        demo.end(args)
 
 
 if __name__ == "__main__":

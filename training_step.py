@@ -32,6 +32,7 @@ from support.machine import autocast, fast_precision, release_memory
 LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "score_g", "ratio")
 
 LAZY_INTERVAL = 4  # steps between two with the adversarial or the perceptual terms
+MATURE_D = 100     # updates of D before it may be called dead: a new one knows nothing yet
 MAX_RATIO = 2.0    # of the adversarial gradient at SR to the pixel loss's
 EMA_DECAY = 0.999  # limit of the generator average's decay
 BETA1_D = 0.5      # of D's Adam; plain Adam has 0.9
@@ -222,6 +223,7 @@ def dead_discriminator(row, args):
     Either it could not tell real from generated, or its gradient did not arrive.
     """
     gap, ratio = row["Score_D"] - row["Score_G"], row["Gradient_ratio"]
+    updates = row.get("D_updates", math.inf)  # rows of older runs do not tell
     undone = [name for name in ("cross_entropy", "mixed_batches", "slow_d") if name in args.without]
     if gap >= 0.01 and ratio < 1e-4:  # D tells them apart, but SR hears nothing of it
         advice = ["it with cross_entropy"] * ("cross_entropy" in undone) + ["a larger --beta"]
@@ -229,13 +231,13 @@ def dead_discriminator(row, args):
         return (f"warning: epoch {row['Epoch']}: the discriminator is not heard: D(x) - D(G(z)) is "
                 f"{gap:.4f}, but its gradient at SR is {ratio:.1e} of the pixel gradient, so the "
                 f"adversarial term teaches nothing. Try {', or '.join(advice)}")
-    if gap < 0.01:
+    if gap < 0.01 and updates >= MATURE_D:
         advice = [f"it with {' and '.join(undone)} (--without names them)"] * bool(undone)
         advice += ["a higher --lr_d", "more steps: a larger --num_epochs"]
         return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
-                f"{gap:.4f}. It cannot tell real from generated images, so the adversarial term "
-                f"teaches nothing, however large its gradient is (at SR {ratio:.1e} of the pixel "
-                f"gradient). Try {', or '.join(advice)}")
+                f"{gap:.4f} after {updates:.0f} updates of D. It cannot tell real from generated "
+                f"images, so the adversarial term teaches nothing, however large its gradient is "
+                f"(at SR {ratio:.1e} of the pixel gradient). Try {', or '.join(advice)}")
     return None
 
 

@@ -74,6 +74,23 @@ def save_torch(value, path):
         torch.save(value, file)
 
 
+def save_safetensors(state, path):
+    """A state dict as safetensors, atomically. Raises InputError where the package is missing."""
+    data = safetensors(path).save({name: value.contiguous() for name, value in state.items()})
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)  # save_file would make a file that others may not read
+
+
+def safetensors(path):
+    """The package's PyTorch part, which `path` needs. Raises InputError where it is missing."""
+    try:
+        import safetensors.torch
+        return safetensors.torch
+    except ImportError:
+        raise InputError(f"{path}: needs the package safetensors: pip install safetensors"
+                         ) from None
+
+
 def save_text(text, path):
     """UTF-8 text, atomically."""
     with replacing(path) as temporary:
@@ -150,6 +167,17 @@ def read_torch(path):
         raise InputError(f"{path}: {reason}") from None
 
 
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file. Raises InputError naming the file and the reason."""
+    load = safetensors(path).load_file
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        return load(path, device="cpu")
+    except Exception:  # as damaged and hostile ones do
+        raise InputError(f"{path}: truncated, damaged or no safetensors file") from None
+
+
 def check_archive(path):
     """Raise InputError if a zip is no plain one of torch.save, or was altered since.
 
@@ -168,8 +196,9 @@ def check_archive(path):
 
 
 def read_state(path):
-    """The state dict of a network, as it stands in a file."""
-    state = read_torch(path)
+    """The state dict of a network, as it stands in a file, *.safetensors or PyTorch's."""
+    is_safetensors = Path(path).suffix.lower() == ".safetensors"
+    state = read_safetensors(path) if is_safetensors else read_torch(path)
     if not isinstance(state, dict) or not state or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InputError(f"{path}: not the state dict of a network (last.pt is for --resume; "

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,8 +27,9 @@ except ImportError:  # Windows: two runs in one folder go unseen
 # Flags that say where a run is kept or how it was called, and those that say where it computes:
 # neither kind is part of what it learns.
 NOT_OF_THE_RUN = {"config", "recipe", "preset", "resume", "overwrite", "demo", "out_dir"}
-MACHINE_FLAGS = {"save_every", "save_minutes", "cache_gb", "device", "allow_overlap", "precision",
-                 "train_dir", "valid_dir"}
+MACHINE_FLAGS = {"save_every", "cache_gb", "device", "allow_overlap", "precision", "train_dir",
+                 "valid_dir", "tensorboard"}
+SAVE_MINUTES = 10  # between writes of last.pt
 
 # Flags of versions before --without: (today's value, the report's, the departure's name now).
 OLD_FLAGS = {
@@ -87,6 +89,7 @@ def stored_flags(flags, args, source):
             elif value != ours:
                 left_out.append(f"{name} {value}")
     flags.setdefault("without", without)
+    flags.pop("save_minutes", None)  # was one before SAVE_MINUTES: nothing that a run learns from
     known = run_flags(args)
     left_out += sorted(flags.keys() - known.keys())
     for what, names in (("is left out, being unknown", left_out),
@@ -173,7 +176,8 @@ def delete_old_run(args):
     """What --overwrite replaces, but for last.pt: the new run's has just taken its place."""
     folder = Path(args.out_dir)
     named = [folder / name for name in ("config.json", "train_results.csv", "curves.png")]
-    for path in (*named, *generators(args), *folder.glob("samples/epoch_*.png")):
+    for path in (*named, *generators(args), *folder.glob("samples/epoch_*.png"),
+                 *folder.glob("tensorboard/events.out.tfevents.*")):
         path.unlink(missing_ok=True)
 
 
@@ -286,6 +290,19 @@ def describe(args, trainer, progress, train, valid, device, world):
     }
 
 
+def next_commands(args):
+    """The lines to type after a run: measure its generator, use it."""
+    path = checkpoints.generator_path(args.out_dir, args.upscale_factor, args.num_epochs)
+    command = ["python", "evaluate.py", "--checkpoint", path, "--data_dir", args.valid_dir,
+               "--out_dir", Path(args.out_dir, "results")]
+    if args.crop_size != 128:
+        command += ["--crop_size", args.crop_size, 0]
+    if args.face_weights != "vggface2":
+        command += ["--face_weights", args.face_weights]
+    return (f"  {shlex.join(map(str, command))}\n"
+            f"  python super_resolve.py PICTURE --checkpoint {shlex.quote(str(path))}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Saving and stopping
 
@@ -372,7 +389,7 @@ class Saver:
 
     def agree(self):
         """(signal that any process caught or 0, whether any finds it time to save)."""
-        due = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        due = time.perf_counter() - self.saved > 60 * SAVE_MINUTES
         asked = [self.caught[0] if self.caught else 0, int(due)]
         if self.world > 1:
             # a GPU that waits for the others' answer stands still, so it asks now and then

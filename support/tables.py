@@ -129,28 +129,41 @@ def verdict(pair):
 
 
 def with_interval(row, column, digits):
-    """A cell: the value and its interval."""
+    """A cell: the value and its interval; a dash for what is none, as HR's PSNR-Y with itself."""
+    if not np.isfinite(row[column]):
+        return "-"
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(
         *(row[f"{column}{end}"] for end in ("", "_low", "_high")), d=digits)
 
 
-def markdown(summary, labels):
-    """The summary as a Markdown table, figures with their intervals, and what measured them."""
+def cells(summary):
+    """The summary as texts, figures with their intervals -> (head of the table, its rows)."""
     measured = [c for c in summary.columns if f"{c}_low" in summary.columns]
     rates = [c for c in measured if c.startswith(RATES)]
-    counts = [c for c in summary.columns if c.startswith("n_")]
     metrics = [c for c in measured if c not in rates]
     rows = []
     for _, row in summary.iterrows():
+        pooled = row["psnr_y_pooled"]
         rows.append([row["model"], str(row["n"]),
                      *(with_interval(row, m, 2 if m == "psnr_y" else 4) for m in metrics),
-                     f"{row['psnr_y_pooled']:.2f}", *(with_interval(row, r, 3) for r in rates)])
-    words = ["PSNR-Y in dB; [95 % bootstrap interval: of images, of people for the rates]",
-             *(f"{name}: {label}" for name, label in labels.items()),
-             *(f"distance{count[1:]}: lower is better; of the {summary[count].iloc[0]:.0f} "
-               "photographs with a face that it finds on HR" for count in counts)]
-    return "\n".join([*markdown_table(["model", "n", *metrics, "psnr_y_pooled", *rates], rows), "",
-                      "; ".join(words), ""])
+                     f"{pooled:.2f}" if np.isfinite(pooled) else "-",
+                     *(with_interval(row, r, 3) for r in rates)])
+    return ["model", "n", *metrics, "psnr_y_pooled", *rates], rows
+
+
+def words_of(summary, labels):
+    """A line on units, intervals and face networks."""
+    counts = [c for c in summary.columns if c.startswith("n_")]
+    return "; ".join([
+        "PSNR-Y in dB; [95 % bootstrap interval: of images, of people for the rates]",
+        *(f"{name}: {label}" for name, label in labels.items()),
+        *(f"distance{count[1:]}: lower is better; of the {summary[count].iloc[0]:.0f} photographs "
+          "with a face that it finds on HR" for count in counts)])
+
+
+def markdown(summary, labels):
+    """The summary as a Markdown table, figures with their intervals, and what measured them."""
+    return "\n".join([*markdown_table(*cells(summary)), "", words_of(summary, labels), ""])
 
 
 def difference_lines(pairs):
@@ -187,18 +200,22 @@ def write_people(folder, rows, labels):
     print(text, end="")
 
 
-def write_tables(folder, tables, labels):
+def write_tables(folder, tables, labels, pictures):
     """CSV and Markdown of all framings in `folder`; prints what a person wants to know.
 
-    tables: {framing: (per image, summary, differences)}.
+    tables: {framing: (per image, summary, differences)}; pictures: {framing: rows of faces}.
+    -> the sections of `report.save_report`.
     """
-    folder, text = Path(folder), ""
+    folder, text, sections = Path(folder), "", []
     for n, name in enumerate(("per_image", "summary", "differences")):
         whole = pd.concat([table[n].assign(framing=framing) for framing, table in tables.items()])
         checkpoints.save_csv(whole[["framing", *whole.columns[:-1]]], folder / f"{name}.csv")
     for framing, (per_image, summary, pairs) in tables.items():
+        lines = difference_lines(pairs)
         text += f"## {framing}\n\n{markdown(summary, labels)}\n"
-        text += "".join(f"{remark}\n\n" for remark in remarks(per_image))
-        text += f"{difference_lines(pairs)}\n"
+        text += "".join(f"{remark}\n\n" for remark in remarks(per_image)) + f"{lines}\n"
+        shown = [line.removeprefix("- ") for line in lines.splitlines() if line]
+        sections.append((framing, cells(summary), shown, pictures[framing]))
     checkpoints.save_text(text, folder / "summary.md")
     print(text, end="")
+    return sections

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import train_identity
 import training_step
+from support import run_folder
 from support.machine import set_up_machine
 
 CPU = torch.device("cpu")
@@ -76,13 +77,20 @@ def save_step(rank, folder, without, device="cpu"):
     dist.destroy_process_group()
 
 
+def train_and_save_always(argv):
+    """A run that writes last.pt after every step."""
+    run_folder.SAVE_MINUTES = 0
+    train_identity.main(argv)
+
+
 def train_whole_and_stopped(rank, argv, folder):
     """One run in one go, then one that rank 1 is told to stop in mid-epoch, and its resumption.
 
     In the first only rank 0's clock finds it time to save.
     """
-    train_identity.main([*argv, "--out_dir", f"{folder}/whole", "--save_minutes",
-                         "1000" if rank else "0"])
+    run_folder.SAVE_MINUTES = 1000 if rank else 0
+    train_identity.main([*argv, "--out_dir", f"{folder}/whole"])
+    run_folder.SAVE_MINUTES = 10
     original, count = train_identity.apply_updates, [0]
 
     def apply_updates(trainer, with_gan):

@@ -643,7 +643,8 @@ def test_all_bad_files_in_one_message(tmp_path, capfd, make):
     assert list(named) == [str(tmp_path / name) for name in sorted(BAD)]
     reasons = {Path(path).name: reason for path, reason in named.items()}
     assert reasons["narrow.png"] == "15x48 px is smaller than the crop of 16 px"
-    assert reasons["text.png"] == reasons["empty.webp"] == "not an image of a known format"
+    assert reasons["text.png"] == reasons["empty.webp"] == (
+        "not a picture of a known format (JPEG, PNG, WebP, BMP and TIFF)")
     assert "truncated" in reasons["truncated.jpg"]
     assert all("bomb" in reasons[name] for name in BAD if name.startswith("bomb")), reasons
 
@@ -665,6 +666,8 @@ def test_no_photographs(tmp_path, make, flag):
         with pytest.raises(InputError, match=f"set {flag} to a folder") as error:
             make(folder)
         assert str(folder) in str(error.value) and "\n" not in str(error.value)
+        if not folder.is_dir():
+            assert "prepare_celeba_hq.py" in str(error.value) and "--demo" in str(error.value)
 
 
 def test_overlap(tmp_path):

@@ -1,5 +1,6 @@
 """evaluate.py: metrics against numpy and hand counts, judges, and the script on portraits."""
 
+import base64
 import functools
 import os
 import pickle
@@ -547,7 +548,8 @@ def test_the_script_on_portraits(checkpoint, tmp_path, capsys):
                    "--face_weights", "random", "--judge", str(judge), "--out_dir", str(out),
                    "--device", "cpu", "--batch_size", "2"])
     assert sorted(p.name for p in out.iterdir()) == [
-        "comparison_crop_32.png", "differences.csv", "per_image.csv", "summary.csv", "summary.md"]
+        "comparison_crop_32.png", "differences.csv", "per_image.csv", "report.html", "summary.csv",
+        "summary.md"]
 
     per_image = pd.read_csv(out / "per_image.csv")
     assert list(per_image.columns[:6]) == ["framing", "model", "image", "psnr_y", "ssim", "cosine"]
@@ -586,6 +588,7 @@ def test_the_script_on_portraits(checkpoint, tmp_path, capsys):
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split()[1] for row in rows] == ["model", "bicubic", checkpoint.stem, "HR"]
     assert len({row.count("|") for row in rows}) == 1
+    assert rows[-1].split()[5] == "-" and "inf" not in rows[-1]  # HR's PSNR-Y with itself
     assert text in capsys.readouterr().out
     assert min(Image.open(out / "comparison_crop_32.png").size) >= 4 * 32
 
@@ -629,6 +632,9 @@ def test_both_framings_and_the_sweep(checkpoint, tmp_path, monkeypatch, capsys):
     assert summary["framing"].unique().tolist() == ["crop_32", "whole_frames"]
     for name in ("comparison_crop_32.png", "comparison_whole_frames.png", "sweep.png"):
         assert (out / name).stat().st_size > 0
+    page = (out / "report.html").read_text()
+    assert base64.b64encode((out / "sweep.png").read_bytes()).decode() in page
+    assert page.count("<table>") == 2 and page.count("<figure>") == 2 * len([*data.iterdir()])
     text = (out / "summary.md").read_text()
     assert "## crop_32" in text and "## whole_frames" in text and text in capsys.readouterr().out
 

@@ -366,7 +366,7 @@ def test_check_counts_what_is_there(tmp_path, faces, capsys):
         prepare_celeba_hq.main(["--check", str(tmp_path / "data")])
     output = capsys.readouterr().out
     assert f"{shared} = {train / 'again.bmp'}" in output
-    assert f"unreadable: {train / 'broken.png'}: not an image" in output
+    assert f"unreadable: {train / 'broken.png'}: not a picture" in output
 
     with pytest.raises(InputError, match=r"1 unreadable file\(s\), 0 photograph"):
         prepare_celeba_hq.main(["--check", str(train)])

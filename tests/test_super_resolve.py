@@ -1,5 +1,6 @@
 """super_resolve.py on tiny pictures; what is expected comes from Pillow and from the Generator."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 import super_resolve
 from model import Generator
@@ -234,6 +235,56 @@ def test_names_never_collide(network, tmp_path):
     (tmp_path / "out/a_sr.png").write_bytes(b"of an earlier call")
     run(network, tmp_path / "out", *inputs)
     assert (tmp_path / "out/a_sr.png").read_bytes() == first
+
+
+def test_a_gif_is_its_first_frame_and_says_so(network, tmp_path, capsys):
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    save(frames[0], tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    save(frames[1], tmp_path / "still.gif")
+    run(network, tmp_path / "out", tmp_path)  # also in a folder
+    for name, frame in (("moving", frames[0]), ("still", frames[1])):
+        assert close(Image.open(tmp_path / f"out/{name}_sr.png"), by_hand(network[1], frame))
+    lines = capsys.readouterr().out.splitlines()
+    assert ["first frame" in line for line in lines] == [True, False]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_avif(network, tmp_path):
+    path = save(picture(4, 3).resize((32, 24), BICUBIC), tmp_path / "a.avif", quality=100)
+    run(network, tmp_path / "out", path)
+    expected = by_hand(network[1], Image.open(path))
+    assert close(Image.open(tmp_path / "out/a_sr.png"), expected)
+
+
+def test_heic(network, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    image, path = picture(4, 3).resize((64, 48), BICUBIC), tmp_path / "in/a.heic"
+    path.parent.mkdir()
+    pillow_heif.from_pillow(image).save(path, quality=100, chroma=444)
+    run(network, tmp_path / "out", path.parent)
+    assert close(Image.open(tmp_path / "out/a_sr.png"), by_hand(network[1], image), within=25)
+
+
+@pytest.mark.parametrize("suffix, wanted", [("heic", "pip install pillow-heif"),
+                                            ("avif", "a Pillow of 11.3")])
+def test_a_decoder_that_is_missing_is_named(network, tmp_path, monkeypatch, capsys, suffix, wanted):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(features, "check", lambda feature: False)
+    (tmp_path / f"a.{suffix}").write_bytes(b"no matter")
+    with pytest.raises(InputError, match="could not be used"):
+        run(network, tmp_path / "out", tmp_path / f"a.{suffix}", tmp_path / f"missing.{suffix}")
+    first, second = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error")]
+    assert f"a.{suffix}" in first and wanted in first
+    assert f"missing.{suffix}" in second and wanted not in second
+
+
+def test_a_list_of_paths_on_standard_input(network, tmp_path, monkeypatch):
+    paths = [save(picture(4, 4, i), tmp_path / f"{name}.png") for i, name in enumerate("abc")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{paths[1]}\n\n{paths[2]}\n"))
+    run(network, tmp_path / "out", "-")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b_sr.png", "c_sr.png"]
+    with pytest.raises(InputError, match="standard input"):
+        run(network, tmp_path / "out", "-")  # read to its end
 
 
 def test_no_output_into_a_folder_of_inputs(network, tmp_path):

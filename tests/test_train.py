@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -9,12 +10,14 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,16 +25,19 @@ import pytest
 import ranks
 import torch
 from conftest import ROOT, TinyFaces
+from PIL import Image
+from tqdm import tqdm
 
 import ablation
 import benchmark
 import data_utils
 import evaluate
+import super_resolve
 import train_identity
 import training_step
 from data_utils import TrainDatasetFromFolder
 from model import Discriminator
-from support import checkpoints, figures, machine, run_folder
+from support import checkpoints, demo, figures, machine, run_folder
 from support.cli import InputError, run_script
 from support.figures import save_curves
 
@@ -384,6 +390,32 @@ def test_run_writes_every_promised_file(finished):
     Discriminator().load_state_dict(torch.load(finished / "netD_epoch_2_2.pth"))
 
 
+def test_tensorboard_has_the_same_rows_and_samples(faces, tmp_path, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = flags(faces, tmp_path, "--tensorboard")
+    train_identity.main(run)
+    train_identity.main([*run, "--overwrite"])  # what the first run wrote goes
+    train_identity.main(["--resume", "--out_dir", str(tmp_path), "--num_epochs", "3"])
+    assert len([*(tmp_path / "tensorboard").iterdir()]) == 3
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    table = pd.read_csv(tmp_path / "train_results.csv").set_index("Epoch")
+    for name in table.columns.drop(["Phase", "Content"]):  # alpha is 0
+        expected = table[name].dropna()
+        assert [event.step for event in events.Scalars(name)] == [*expected.index]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([*expected])
+    shown = events.Images("samples (bicubic, SR, HR)")
+    assert [event.step for event in shown] == [1, 2, 3]
+    sample = Image.open(tmp_path / "samples" / "epoch_3.png")
+    assert np.array_equal(Image.open(io.BytesIO(shown[2].encoded_image_string)), sample)
+
+
+def test_tensorboard_that_is_missing_is_said_at_once(faces, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        train_identity.main(flags(faces, tmp_path, "--tensorboard"))
+    assert not (tmp_path / "train_results.csv").exists()
+
+
 def test_pixel_loss_falls(faces, tmp_path):
     train_identity.main(flags(faces, tmp_path, "--num_epochs", "8", "--pretrain_epochs", "8",
                               "--lr", "0.002"))
@@ -449,6 +481,14 @@ def test_dead_discriminator_is_announced():
     assert dead(pixel, report) is None
 
 
+def test_a_new_discriminator_is_not_called_dead():
+    row = {"Epoch": 3, "Score_D": 0.5, "Score_G": 0.5, "Gradient_ratio": 0.1}
+    args = train_identity.parse([])
+    assert training_step.dead_discriminator(row | {"D_updates": 99}, args) is None
+    warning = training_step.dead_discriminator(row | {"D_updates": 100}, args)
+    assert "dead" in warning and "after 100 updates" in warning
+
+
 def test_a_warning_comes_once(faces, tmp_path, capsys):
     """Without weight the adversarial gradient is none of the pixel gradient in both GAN epochs."""
     train_identity.main(flags(faces, tmp_path, "--pretrain_epochs", "0", "--beta", "0"))
@@ -510,8 +550,7 @@ def test_weights_that_are_not_finite_are_not_saved(faces, finished, tmp_path, mo
 
     monkeypatch.setattr(train_identity, "apply_updates", apply_updates)
     with pytest.raises(InputError, match="epoch 3, step 3: .*not finite"):
-        train_identity.main(["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs", "3",
-                             "--save_minutes", "1000"])
+        train_identity.main(["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs", "3"])
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not (tmp_path / "run" / "netG_epoch_2_3.pth").exists()
 
@@ -519,7 +558,7 @@ def test_weights_that_are_not_finite_are_not_saved(faces, finished, tmp_path, mo
 def test_every_term_is_learnt_where_an_epoch_is_shorter_than_the_interval(faces, tmp_path,
                                                                           monkeypatch):
     """Three steps an epoch, one in eight: the steps of the run count, not those of the epoch."""
-    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 8)
+    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 9)
     train_identity.main(flags(faces, tmp_path, "--pretrain_epochs", "0", "--num_epochs", "4"))
     table = pd.read_csv(tmp_path / "train_results.csv")
     assert table["Adversarial"].notna().tolist() == [True, False, True, False]  # steps 0 and 8
@@ -731,8 +770,8 @@ def test_killed_at_twenty_random_moments(faces, finished, tmp_path):
     started = time.monotonic()
     while kills < 20:
         argv = (["--resume", "--out_dir", str(folder)] if (folder / "last.pt").exists()
-                else flags(faces, folder, "--save_minutes", "0", "--num_epochs", "200"))
-        process = context.Process(target=train_identity.main, args=(argv,))
+                else flags(faces, folder, "--num_epochs", "200"))
+        process = context.Process(target=ranks.train_and_save_always, args=(argv,))
         begun = time.time()
         process.start()
         # a quarter anywhere from the start on, the others once a checkpoint is on its way
@@ -837,6 +876,58 @@ def test_time_left_counts_what_the_gan_epochs_will_cost(monkeypatch):
     assert train_identity.summary_line(row, args).endswith("about 18 min left")
     args = train_identity.parse(["--num_epochs", "10", "--pretrain_epochs", "10"])
     assert train_identity.summary_line(row, args).endswith("about 9 min left")
+    assert train_identity.summary_line(row | {"Seconds": 10.0}, args).endswith("about 90 s left")
+    assert train_identity.summary_line(row | {"Epoch": 10}, args).endswith("; 60 s")
+
+
+def test_an_epoch_without_a_gan_step_says_so(faces, tmp_path, monkeypatch, capsys):
+    """Three steps an epoch and a GAN step in every ninth: two epochs of three go without."""
+    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 9)
+    train_identity.main(flags(faces, tmp_path, "--num_epochs", "3", "--pretrain_epochs", "0"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "(gan)" in line]
+    assert ["no GAN step" in line for line in lines] == [False, True, True]
+    assert not any("nan" in line for line in lines)
+    assert pd.read_csv(tmp_path / "train_results.csv")["D_updates"].tolist() == [1, 1, 1]
+
+
+def test_a_batch_larger_than_the_data_set_is_said(faces, tmp_path, capsys):
+    run = flags(faces, tmp_path, "--num_epochs", "1", "--pretrain_epochs", "1")
+    train_identity.main([*run, "--batch_size", "7"])
+    assert "--batch_size 7 is more than the 6 training images" in capsys.readouterr().out
+    train_identity.main([*run, "--batch_size", "6", "--overwrite"])
+    assert "is more than" not in capsys.readouterr().out
+
+
+def test_a_finished_run_prints_lines_that_work(faces, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a run"  # the space has to be quoted
+    train_identity.main(flags(faces, folder, "--num_epochs", "1", "--pretrain_epochs", "1"))
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    commands = {words[1]: words[2:] for words in lines if words[:1] == ["python"]}
+    assert {*commands} == {"evaluate.py", "super_resolve.py"}
+    monkeypatch.setattr(evaluate, "load_face_network", lambda name: TinyFaces())
+    evaluate.main(commands["evaluate.py"])
+    assert (folder / "results" / "summary.csv").exists()
+    argv = [str(faces / "valid/0.png") if word == "PICTURE" else word
+            for word in commands["super_resolve.py"]]
+    super_resolve.main([*argv, "--out_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "0_sr.png").exists()
+
+
+def test_the_bar_of_a_gan_step_fits_100_columns(faces, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(train_identity, "tqdm", Bar)
+    train_identity.main(flags(faces, tmp_path, "--num_epochs", "1", "--pretrain_epochs", "0"))
+    bar = bars[0]
+    assert all(f"{name}=" in bar.postfix for name in ("pixel", "D(x)", "D(G(z))"))
+    line = tqdm.format_meter(2000, 2000, 3723, prefix="epoch 100/100", unit="image", ncols=100,
+                             postfix=bar.postfix)
+    assert len(line) <= 100 and line.rstrip().endswith(f"{bar.postfix}]")
 
 
 def test_an_epoch_begins_anew_with_another_number_of_steps(faces, tmp_path, monkeypatch):
@@ -930,12 +1021,30 @@ def test_a_start_that_overwrite_would_delete_is_refused(faces, tmp_path, monkeyp
 
 def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch):
     """It replaces the demo before it, so it must never be in the folder of a run."""
-    written = []
-    monkeypatch.setattr(figures, "save_image", lambda image, path: None)
-    monkeypatch.setattr(train_identity, "main", written.append)
-    monkeypatch.setattr(train_identity.evaluate, "main", lambda argv: None)
-    train_identity.demo(train_identity.parse(["--demo", "--out_dir", str(tmp_path)]))
-    assert written[0][written[0].index("--out_dir") + 1] == str(tmp_path / "demo")
+    monkeypatch.setattr(demo, "synthetic_portraits", lambda n, size, seed: np.zeros(
+        (1, size, size, 3), np.uint8))
+    trained = []
+    monkeypatch.setattr(train_identity, "train", trained.append)
+    monkeypatch.setattr(evaluate, "main", lambda argv: None)
+    train_identity.main(["--demo", "--out_dir", str(tmp_path)])
+    assert Path(trained[0].out_dir) == tmp_path / "demo" and trained[0].overwrite
+    shown = Image.open(tmp_path / "demo" / "restored.png")
+    assert shown.width > 3 * 128 and shown.height > 128
+
+
+def test_a_demo_that_was_interrupted_ends_with_its_evaluation(faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "begin", lambda out_dir, device: flags(tmp_path / "data", tmp_path))
+    shutil.copytree(faces, tmp_path / "data")
+    measured = []
+    monkeypatch.setattr(evaluate, "main", measured.append)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt(patch, 2, signal.SIGINT)
+        train_identity.main(["--demo"])
+    assert not measured
+    train_identity.main(["--resume", "--out_dir", str(tmp_path)])
+    evaluated = evaluate.parse(measured[0])
+    assert Path(evaluated.data_dir) == tmp_path / "data" / "valid"
+    assert "next: make the data set" in capsys.readouterr().out
 
 
 def test_a_crop_of_nothing_is_refused(faces, tmp_path):

@@ -1,0 +1,67 @@
+"""`train_identity.py --demo`: drawn people, a look at the shipped generator, a short training."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
+
+from support import checkpoints, figures
+from support.cli import log
+from support.portraits import synthetic_portraits
+
+EPOCHS = 6
+
+
+def begin(out_dir, device):
+    """Draw portraits, restore one with the shipped generator -> the flags of a short training.
+
+    Everything is in the folder demo/ of `out_dir`, so that no run is ever overwritten.
+    """
+    folder = Path(out_dir, "demo")
+    for split, n, seed in (("train", 64, 1), ("valid", 12, 2)):
+        portraits = [Image.fromarray(array) for array in synthetic_portraits(n, 128, seed)]
+        for i, portrait in enumerate(portraits):
+            figures.save_image(portrait, folder / "data" / split / f"{i:03}.png")
+    portrait = Image.fromarray(synthetic_portraits(1, 256, 3)[0])
+    restore(portrait.crop((64, 64, 192, 192)), folder / "restored.png")
+    log(f"{folder}/restored.png: a drawn face by the shipped generator (bicubic | SR | original)\n"
+        f"now a smoke test of the training: from the shipped pixel network, on the drawn people in "
+        f"{folder}/data, with random frozen networks:")
+    return ["--train_dir", f"{folder}/data/train", "--valid_dir", f"{folder}/data/valid",
+            "--out_dir", str(folder), "--overwrite", "--device", device,
+            "--start", str(checkpoints.PRETRAINED / "pixel" / "netG_epoch_8_15.pth"),
+            "--crop_size", "64", "--num_epochs", str(EPOCHS), "--batch_size", "8", "--lr", "1e-4",
+            "--vgg_weights", "random", "--face_weights", "random"]
+
+
+@torch.no_grad()
+def restore(portrait, path):
+    """Write bicubic | SR | original of a PIL picture, reduced 8x, side by side."""
+    generator = checkpoints.load_generator(checkpoints.shipped_generator())
+    lr = portrait.resize([side // 8 for side in portrait.size], Image.Resampling.BICUBIC)
+    bicubic = lr.resize(portrait.size, Image.Resampling.BICUBIC)
+    sr = figures.to_image(generator(to_tensor(lr)[None])[0])
+    figures.save_image(figures.grid([[bicubic, sr, portrait]], ("bicubic", "SR", "original")), path)
+
+
+def is_demo(args):
+    """Whether the flags are of a demo's training, begun or resumed."""
+    return Path(args.train_dir) == Path(args.out_dir, "data", "train")
+
+
+def evaluation(args):
+    """The flags of evaluate.py that measure a demo's generator."""
+    return ["--checkpoint", str(checkpoints.generator_path(args.out_dir, 8, args.num_epochs)),
+            "--data_dir", args.valid_dir, "--crop_size", str(args.crop_size), "--face_weights",
+            "random", "--device", args.device, "--out_dir", f"{args.out_dir}/results"]
+
+
+def end(args):
+    """Say what the numbers mean, what to look at and what comes next."""
+    log(f"a smoke test: it shows that everything runs, and PSNR-Y above bicubic's that it learns; "
+        f"the cosine is a random network's and means nothing\nlook at {args.out_dir}/restored.png,"
+        f" {args.out_dir}/samples/epoch_{args.num_epochs}.png (bicubic | SR | HR), "
+        f"{args.out_dir}/curves.png and {args.out_dir}/results/\nnext: make the data set with "
+        "prepare_celeba_hq.py, then run\n  python train_identity.py --crop_size 128 "
+        "--upscale_factor 8 --num_epochs 100")

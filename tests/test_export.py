@@ -1,0 +1,104 @@
+"""evaluate.py --export: what other programs compute is what PyTorch computes."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from model import Generator
+from support import checkpoints
+from support.cli import InputError
+
+SIZES = [(1, 3, 16, 24), (2, 3, 33, 17)]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """(checkpoint of a 4x generator with slopes and pictures of its own, the generator)."""
+    torch.manual_seed(0)
+    generator, path = Generator(4).eval(), tmp_path_factory.mktemp("network") / "netG.pth"
+    with torch.no_grad():
+        generator.last.weight.mul_(5)
+        for i, (name, weight) in enumerate(generator.named_parameters()):
+            if "prelu" in name:
+                weight.fill_(0.1 + 0.02 * i)
+    checkpoints.save_torch(generator.state_dict(), path)
+    return path, generator
+
+
+def exported(network, kind, path):
+    evaluate.main(["--export", kind, str(path), "--checkpoint", str(network[0])])
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # one file, and complete
+    return str(path)
+
+
+def random_lr(size):
+    return torch.rand(size, generator=torch.Generator().manual_seed(1))
+
+
+def test_onnx(network, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(exported(network, "onnx", tmp_path / "netG.onnx"),
+                                       providers=["CPUExecutionProvider"])
+    for size in SIZES:
+        lr = random_lr(size)
+        sr, = session.run(None, {"lr": lr.numpy()})
+        with torch.no_grad():
+            expected = network[1](lr).numpy()
+        assert expected.std() > 0.05
+        np.testing.assert_allclose(sr, expected, atol=1e-4)
+
+
+def test_torchscript(network, tmp_path):
+    script = torch.jit.load(exported(network, "torchscript", tmp_path / "netG.pt"))
+    for size in SIZES:
+        lr = random_lr(size)
+        torch.testing.assert_close(script(lr), network[1](lr), atol=1e-4, rtol=0)
+
+
+def test_safetensors(network, tmp_path):
+    torch_file = pytest.importorskip("safetensors.torch")
+    path = exported(network, "safetensors", tmp_path / "netG.safetensors")
+    expected = network[1].state_dict()
+    for state in (torch_file.load_file(path), checkpoints.load_generator(path).state_dict()):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_safetensors_are_checked_like_any_checkpoint(network, tmp_path):
+    torch_file = pytest.importorskip("safetensors.torch")
+    state, path = network[1].state_dict(), tmp_path / "bad.safetensors"
+    for bad, reason in ((state | {"first.0.bias": torch.full((64,), torch.nan)}, "NaN or infinite"),
+                        ({"first.0.bias": torch.zeros(64)}, "sub-pixel blocks"),
+                        (state | {"first.0.bias": torch.zeros(3)}, "not a checkpoint")):
+        torch_file.save_file(bad, path)
+        with pytest.raises(InputError, match=f"bad.safetensors: .*{reason}"):
+            checkpoints.load_generator(path)
+    checkpoints.save_safetensors(state, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="bad.safetensors: truncated"):
+        checkpoints.load_generator(path)
+    with pytest.raises(InputError, match="no such checkpoint"):
+        checkpoints.load_generator(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("kind, package", [("onnx", "onnx"), ("onnx", "onnxscript"),
+                                           ("safetensors", "safetensors.torch")])
+def test_a_package_that_is_missing_is_named(network, tmp_path, monkeypatch, kind, package):
+    if package == "onnxscript":
+        pytest.importorskip("onnx")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"pip install {kind}"):
+        exported(network, kind, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_cannot_be_exported(network, tmp_path):
+    with pytest.raises(InputError, match="--export tflite: give onnx, torchscript or safetensors"):
+        exported(network, "tflite", tmp_path / "out")
+    with pytest.raises(InputError, match="one generator"):
+        evaluate.main(["--export", "onnx", "out", "--checkpoint", "a.pth", "b.pth"])
