@@ -255,11 +255,14 @@ def check_digest(path):
                              "take it from the repository again")
 
 
-def shipped_generator():
-    """Path of the generator that this repository ships. Raises InputError if it is gone."""
-    found = sorted(PRETRAINED.glob("netG_epoch_8_*.pth"))
+def shipped_generator(kind=""):
+    """Path of the generator that this repository ships. Raises InputError if it is gone.
+
+    kind: "pixel" for the one that was trained with the pixel loss alone.
+    """
+    found = sorted(Path(PRETRAINED, kind).glob("netG_epoch_8_*.pth"))
     if not found:
-        raise InputError(f"{PRETRAINED}: holds no netG_epoch_8_*.pth; take it from the repository "
+        raise InputError(f"{Path(PRETRAINED, kind)}: holds no netG_epoch_8_*.pth; take it from the repository "
                          "again, or name a --checkpoint")
     return found[-1]
 

@@ -23,14 +23,13 @@ def begin(out_dir, device):
         portraits = [Image.fromarray(array) for array in synthetic_portraits(n, 128, seed)]
         for i, portrait in enumerate(portraits):
             figures.save_image(portrait, folder / "data" / split / f"{i:03}.png")
-    portrait = Image.fromarray(synthetic_portraits(1, 256, 3)[0])
-    restore(portrait.crop((64, 64, 192, 192)), folder / "restored.png")
+    restore(Image.fromarray(synthetic_portraits(1, 256, 3)[0]), folder / "restored.png")
     log(f"{folder}/restored.png: a drawn face by the shipped generator (bicubic | SR | original)\n"
         f"now a smoke test of the training: from the shipped pixel network, on the drawn people in "
         f"{folder}/data, with random frozen networks:")
     return ["--train_dir", f"{folder}/data/train", "--valid_dir", f"{folder}/data/valid",
             "--out_dir", str(folder), "--overwrite", "--device", device,
-            "--start", str(checkpoints.PRETRAINED / "pixel" / "netG_epoch_8_15.pth"),
+            "--start", str(checkpoints.shipped_generator("pixel")),
             "--crop_size", "64", "--num_epochs", str(EPOCHS), "--batch_size", "8", "--lr", "1e-4",
             "--vgg_weights", "random", "--face_weights", "random"]
 
