@@ -69,8 +69,8 @@ UNDONE = {"mixed_crops": {"crop": "random"}, "pretraining": {"pretrain_epochs": 
           "small_batches": {"batch_size": 32, "lr": 1e-4}, "slow_d": {"lr_d": 1e-4},
           "fast_precision": {"precision": "fp32"}}
 
-
 IN_BAR = {"pixel": "pixel", "score_d": "D(x)", "score_g": "D(G(z))"}  # what a step's bar shows
+
 
 # ---------------------------------------------------------------------------------------------
 # One epoch
