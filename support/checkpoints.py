@@ -262,8 +262,8 @@ def shipped_generator(kind=""):
     """
     found = sorted(Path(PRETRAINED, kind).glob("netG_epoch_8_*.pth"))
     if not found:
-        raise InputError(f"{Path(PRETRAINED, kind)}: holds no netG_epoch_8_*.pth; take it from the repository "
-                         "again, or name a --checkpoint")
+        raise InputError(f"{Path(PRETRAINED, kind)}: holds no netG_epoch_8_*.pth; take it from the "
+                         "repository again, or name a --checkpoint")
     return found[-1]
 
 
