@@ -58,7 +58,7 @@ def refused(argv, main=train_identity.main):
 def test_overwrite_with_a_bad_number_costs_nothing(faces, run):
     before = contents(run)
     for flag in ("--seed=1000000000000000000000", "--seed=2147483648", "--batch_size=99999999999",
-                 "--gamma=1e300", "--cache_gb=nan", "--save_minutes=inf", "--pretrain_epochs=-1"):
+                 "--gamma=1e300", "--cache_gb=nan", "--cache_gb=inf", "--pretrain_epochs=-1"):
         message = refused([*flags(faces, run), "--overwrite", flag])
         assert message.startswith(f"argument {flag.split('=')[0]}: must be")
         assert contents(run) == before

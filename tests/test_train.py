@@ -354,10 +354,9 @@ def test_a_whole_number_out_of_range_names_its_flag(script, argv):
         script(argv)
 
 
-def test_a_whole_number_of_the_benchmark_names_its_flag(capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_a_whole_number_of_the_benchmark_names_its_flag():
+    with pytest.raises(InputError, match="--rounds"):
         benchmark.main(["--rounds", "0"])
-    assert stop.value.code == 2 and "--rounds" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without CUDA")
@@ -558,7 +557,7 @@ def test_weights_that_are_not_finite_are_not_saved(faces, finished, tmp_path, mo
 def test_every_term_is_learnt_where_an_epoch_is_shorter_than_the_interval(faces, tmp_path,
                                                                           monkeypatch):
     """Three steps an epoch, one in eight: the steps of the run count, not those of the epoch."""
-    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 9)
+    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 8)
     train_identity.main(flags(faces, tmp_path, "--pretrain_epochs", "0", "--num_epochs", "4"))
     table = pd.read_csv(tmp_path / "train_results.csv")
     assert table["Adversarial"].notna().tolist() == [True, False, True, False]  # steps 0 and 8
@@ -882,7 +881,7 @@ def test_time_left_counts_what_the_gan_epochs_will_cost(monkeypatch):
 
 def test_an_epoch_without_a_gan_step_says_so(faces, tmp_path, monkeypatch, capsys):
     """Three steps an epoch and a GAN step in every ninth: two epochs of three go without."""
-    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 9)
+    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 8)
     train_identity.main(flags(faces, tmp_path, "--num_epochs", "3", "--pretrain_epochs", "0"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "(gan)" in line]
     assert ["no GAN step" in line for line in lines] == [False, True, True]
