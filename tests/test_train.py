@@ -881,7 +881,7 @@ def test_time_left_counts_what_the_gan_epochs_will_cost(monkeypatch):
 
 def test_an_epoch_without_a_gan_step_says_so(faces, tmp_path, monkeypatch, capsys):
     """Three steps an epoch and a GAN step in every ninth: two epochs of three go without."""
-    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 8)
+    monkeypatch.setattr(train_identity, "LAZY_INTERVAL", 9)
     train_identity.main(flags(faces, tmp_path, "--num_epochs", "3", "--pretrain_epochs", "0"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "(gan)" in line]
     assert ["no GAN step" in line for line in lines] == [False, True, True]
