@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -775,8 +776,9 @@ def test_killed_at_twenty_random_moments(faces, finished, tmp_path):
         process.start()
         # a quarter anywhere from the start on, the others once a checkpoint is on its way
         while kills % 4 and process.is_alive() and time.monotonic() < started + 120:
-            if any(p.stat().st_mtime > begun for p in folder.glob(".last.*")):
-                break
+            with suppress(FileNotFoundError):  # it has just become last.pt
+                if any(p.stat().st_mtime > begun for p in folder.glob(".last.*")):
+                    break
             time.sleep(0.001)
         time.sleep(rng.random() * (0.3 if kills % 4 else 1.0))
         process.kill()
