@@ -257,7 +257,8 @@ def test_names_of_any_bytes(tmp_path, faces, capsys):
     (source / "broken\udce9.jpg").write_bytes(b"no picture")
     for _ in range(2):
         run_script(lambda: prepare(source, tmp_path / "data", 3, 2))
-    assert "passed by: in/broken\\udce9.jpg: not a picture of a known format" in capsys.readouterr().out
+    assert "passed by: in/broken\\udce9.jpg: not a picture of a known format" in (
+        capsys.readouterr().out)
     assert (tmp_path / "data" / "manifest.csv").read_bytes().count(b"caf\xe9.png") == 1
     assert len(list((tmp_path / "data").glob("*/caf*.png"))) == 1
 
