@@ -172,7 +172,7 @@ def step_parts(trainer, lr, hr, targets):
             "optimisers": lambda: training_step.apply_updates(trainer, with_gan=True)}
 
 
-def project_functions(trainer, flags, lr, hr, valid):
+def project_functions(trainer, lr, hr, valid):
     """{question: function} of what the project does in training and in evaluate.py."""
     targets = []
 
@@ -202,7 +202,7 @@ def project_functions(trainer, flags, lr, hr, valid):
             "evaluation": evaluation, "parts": lambda: step_parts(trainer, lr, hr, targets)}
 
 
-def reference_functions(trainer, flags, lr, hr, valid):
+def reference_functions(trainer, lr, hr, valid):
     """The same questions to the reference."""
     return {"step": lambda: reference_step(trainer, lr, hr),
             "pixel step": lambda: reference_pixel_step(trainer, lr, hr),
@@ -252,7 +252,7 @@ def worker(role, flags, folder, pipe):
     lr, hr = (x.to(device).contiguous(memory_format=layout) for x in (lr, hr))
     valid = ValidDatasetFromFolder(folder, flags.crop_size, flags.upscale_factor)
     functions = (project_functions if project else reference_functions)(
-        trainer, flags, lr, hr, valid)
+        trainer, lr, hr, valid)
 
     def in_training(function):
         trainer.netG.train()

@@ -13,7 +13,6 @@ only that is read (beside it lie the masks). Stopped half-way, the same command 
 import support  # noqa: F401  first, for Ctrl-C
 
 # isort: split
-import argparse
 import csv
 import hashlib
 import io
@@ -368,13 +367,9 @@ def check(folder):
                          "photograph(s) in both splits; see the list above")
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def main(argv=None):
     parser = Parser(
-        description=__doc__, formatter_class=Formatter,
+        description=__doc__,
         epilog="example: python prepare_celeba_hq.py CelebAMask-HQ.zip --n_train 2000 "
                "--n_valid 100")
     add = parser.add_argument_group("photographs").add_argument
