@@ -101,19 +101,21 @@ def train_all(args, training, data, again):
     training: flags of train_identity.py that all runs share.
     """
     folder, start = Path(args.out_dir), args.start
+    shared = train_identity.parse(training)
     if not start:
         epochs = str(args.warm_epochs)
         train_run(folder / "warm", [*training, "--preset", "baseline", "--num_epochs", epochs,
                                     "--pretrain_epochs", epochs], data, again)
-        factor = train_identity.parse(training).upscale_factor
-        start = checkpoints.generator_path(folder / "warm", factor, args.warm_epochs)
+        start = checkpoints.generator_path(folder / "warm", shared.upscale_factor,
+                                           args.warm_epochs)
     runs = {}
     for seed in args.seeds:  # one whole comparison after the other
         for name, flags in configurations(args.gamma).items():
             runs[name, seed] = folder / f"{name}_seed{seed}"
             train_run(runs[name, seed], [
-                *training, *flags, "--start", str(start), "--pretrain_epochs", "0",
-                "--num_epochs", str(args.epochs), "--seed", str(seed)], data, again)
+                *training, *flags, "--start", str(start), "--lr", str(shared.lr),
+                "--pretrain_epochs", "0", "--num_epochs", str(args.epochs), "--seed", str(seed)],
+                data, again)
     return start, runs
 
 
