@@ -69,9 +69,9 @@ UNDONE = {"mixed_crops": {"crop": "random"}, "pretraining": {"pretrain_epochs": 
           "small_batches": {"batch_size": 32, "lr": 1e-4}, "slow_d": {"lr_d": 1e-4},
           "fast_precision": {"precision": "fp32"}}
 
-# What --start chooses where nothing else does: a trained generator forgets at a new one's rate, and
-# --config, --resume and --recipe say themselves what they want.
-FINE_TUNING = {"lr": 2e-5, "pretrain_epochs": 0}
+# The rate that --start takes unless a flag, a config.json or a --recipe says another: at a new
+# generator's a trained one forgets (results/EXPERIMENTS.md, "Fine-tuning on few photographs").
+FINE_TUNING = 2e-5
 
 IN_BAR = {"pixel": "pixel", "score_d": "D(x)", "score_g": "D(G(z))"}  # what a step's bar shows
 
@@ -323,8 +323,8 @@ def add_flags(parser):
     add("--recipe", choices=("ours", "report"), help="report: --without everything listed below")
     add("--without", nargs="*", choices=tuple(DEPARTURES), metavar="NAME",
         help="undo departures from the report, which are listed below")
-    add("--start", help="generator checkpoint to fine-tune instead of a random one; its defaults: "
-        + ", ".join(f"--{name} {value}" for name, value in FINE_TUNING.items()))
+    add("--start", help="generator checkpoint to fine-tune, instead of a random one; "
+                        f"then --lr is {FINE_TUNING:g} unless given")
     add("--pretrain_epochs", type=not_negative,
         help="the first epochs, with the pixel loss alone (default: three quarters)")
     add("--batch_size", type=positive, help="images per update, over all processes")
@@ -378,7 +378,7 @@ def parse(argv=None):
     stored = run_folder.load_flags(parser, first)
     parser.set_defaults(**stored)
     if first.start and not (first.resume or first.config):
-        parser.set_defaults(**FINE_TUNING)
+        parser.set_defaults(lr=FINE_TUNING)
     # what is given now wins over what a stored run had
     without = {"report": [*DEPARTURES], "ours": []}.get(first.recipe, first.without)
     if without is not None:

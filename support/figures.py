@@ -289,6 +289,7 @@ def save_sweep(table, path):
     figure, axes = panels([[f"{s} {m}" for m in measures] for s in sweeps],
                           (13, 3.6 * len(sweeps)),
                           {f"{s} {m}": title for s in sweeps for m, title in measures.items()})
+    figure.get_layout_engine().set(hspace=0.08)  # a title keeps clear of the label above it
     for name in sweeps:
         for measure in measures:
             panel, ends = axes[f"{name} {measure}"], []

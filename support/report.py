@@ -59,7 +59,8 @@ def save_report(path, note, sections, sweep=None):
 def section(framing, table, differences, pictures):
     """One framing as HTML: its table, the paired differences, the faces with their sliders."""
     head, rows = table
-    cells = ["".join(f"<{tag}>{escape(text)}</{tag}>" for text in row)
+    # an interval below its value: all columns fit a page of 1280 px
+    cells = ["".join(f"<{tag}>{escape(text).replace(' [', '<br>[')}</{tag}>" for text in row)
              for tag, row in (("th", head), *(("td", row) for row in rows))]
     names = ["LR", *(row[0] for row in rows)]
     return "\n".join([
@@ -77,7 +78,8 @@ def face(row, names):
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "PNG")
         images.append(f'<img alt="{escape(name)}" src="{data_uri(buffer.getvalue())}">')
-    scores = "<br>".join(escape(f"{name}: {caption}") for name, _, caption in shown if caption)
+    scores = "<br>".join(escape(f"{name}: {caption}".replace("  ", ", "))
+                         for name, _, caption in shown if caption)
     return (f'<figure>\n<div class="stack">{"".join(images)}</div>\n<input type="range" min="0" '
             f'max="{len(shown) - 1}" step="0.01" value="0.5" aria-label="from model to model">\n'
             f"<figcaption><b>{escape(row['label'])}</b>: <output></output><br>{scores}"

@@ -152,7 +152,7 @@ def test_a_given_start_needs_no_warm_run(done, tmp_path, monkeypatch):
     assert Path(used) == start and [folder.name for folder in runs.values()] == RUNS
     assert [argv[argv.index("--out_dir") + 1] for argv in called] == list(map(str, runs.values()))
     assert {argv[argv.index("--start") + 1] for argv in called} == {str(start)}
-    assert {train_identity.parse(argv).lr for argv in called} == {4e-4}  # not --start's own
+    assert {train_identity.parse(argv).lr for argv in called} == {4e-4}  # not --start's
 
 
 @pytest.mark.parametrize("more, said", [

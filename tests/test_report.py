@@ -13,6 +13,7 @@ from PIL import Image
 from support import report
 
 NAMES = ["bicubic", "netG <8> & \"co\"", "HR"]
+CAPTIONS = ["", "cos 0.10  9.0 dB", "cos 0.90", ""]
 VOID = {"meta", "img", "input", "br"}
 
 
@@ -32,6 +33,8 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag in ("th", "td"):
             self.cells.append("")
+        elif tag == "br" and self.open[-1] == "td":
+            self.cells[-1] += "/"
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -45,7 +48,7 @@ class Page(HTMLParser):
 def page(tmp_path):
     """(path, the pictures in it: best LR, bicubic, SR, HR)."""
     pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue", "white")]
-    rows = [{"label": label, "images": pictures, "captions": ["", "cos 0.10", "cos 0.90", ""]}
+    rows = [{"label": label, "images": pictures, "captions": CAPTIONS}
             for label in ("best", "worst")]
     table = ["model", "psnr_y"], [[name, "27.00 [26.00, 28.00]"] for name in NAMES]
     pictures[0].save(tmp_path / "sweep.png")
@@ -59,7 +62,8 @@ def test_the_page_holds_everything_and_asks_for_nothing(page):
     path, pictures = page
     parsed = Page(path.read_text(encoding="utf-8"))
     assert parsed.cells == ["model", "psnr_y", *(text for name in NAMES
-                                                 for text in (name, "27.00 [26.00, 28.00]"))]
+                                                 for text in (name, "27.00/[26.00, 28.00]"))]
+    assert "bicubic: cos 0.10, 9.0 dB<br>" in path.read_text(encoding="utf-8")
     images = [attributes for tag, attributes in parsed.tags if tag == "img"]
     assert [image["alt"] for image in images[:-1]] == NAMES * 2  # LR has no size of its own
     for image, expected in zip(images, [*pictures[1:] * 2, pictures[0]]):

@@ -690,8 +690,8 @@ def test_a_start_is_fine_tuned_unless_something_else_is_asked_for(finished):
         args = train_identity.parse(["--start", "netG.pth", *more])
         return args.lr, args.pretrain_epochs
 
-    assert chosen() == (2e-5, 0) and chosen("--without", "flips") == (2e-5, 0)
-    assert chosen("--lr", "0.003") == (0.003, 0)
+    assert chosen() == (2e-5, 75) and chosen("--without", "flips") == (2e-5, 75)
+    assert chosen("--lr", "0.003") == (0.003, 75)
     assert chosen("--pretrain_epochs", "7") == (2e-5, 7)
     assert chosen("--recipe", "report") == (1e-4, 0)
     assert chosen("--recipe", "ours") == (4e-4, 75)
@@ -863,13 +863,13 @@ def test_a_run_goes_on_without_the_generator_of_its_start(faces, tmp_path, finis
         interrupt(patch, 1, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train_identity.main(flags(faces, tmp_path / "run", "--start", str(start)))
-    assert f"fine-tuning {start}: --lr 2e-05 --pretrain_epochs 0" in capsys.readouterr().out
+    assert f"fine-tuning {start}: --lr 2e-05 --pretrain_epochs 1" in capsys.readouterr().out
     start.unlink()
     train_identity.main(["--resume", "--out_dir", str(tmp_path / "run")])
     said, config = capsys.readouterr().out, json.loads(
         (tmp_path / "run" / "config.json").read_text())
     assert config["start"] == digest and "changed" not in said and "fine-tuning" not in said
-    assert (config["flags"]["lr"], config["flags"]["pretrain_epochs"]) == (2e-5, 0)
+    assert (config["flags"]["lr"], config["flags"]["pretrain_epochs"]) == (2e-5, 1)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -1048,7 +1048,7 @@ def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "main", lambda argv: None)
     train_identity.main(["--demo", "--out_dir", str(tmp_path)])
     assert Path(trained[0].out_dir) == tmp_path / "demo" and trained[0].overwrite
-    assert (trained[0].lr, trained[0].pretrain_epochs) == (1e-4, 4)  # more than --start's own
+    assert (trained[0].lr, trained[0].pretrain_epochs) == (1e-4, 4)  # not --start's rate
     shown = Image.open(tmp_path / "demo" / "restored.png")
     assert shown.width > 3 * 128 and shown.height > 128
 
