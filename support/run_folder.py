@@ -36,7 +36,7 @@ OLD_FLAGS = {
     "no_flip": (False, True, "flips"), "no_icnr": (False, True, "icnr"),
     "no_notch": (False, True, "stripe_filter"), "separate_d": (False, True, "mixed_batches"),
     "schedule": ("cosine", "constant", "cosine"), "gan_loss": ("bce", "linear", "cross_entropy"),
-    "max_ratio": (2.0, 0.0, "ratio_bound"), "ema": (0.999, 0.0, "ema"), "lazy": (4, 1, "lazy"),
+    "max_ratio": (1.0, 0.0, "ratio_bound"), "ema": (0.999, 0.0, "ema"), "lazy": (4, 1, "lazy"),
     "momentum_d": (0.5, 0.9, "slow_d"),
 }
 

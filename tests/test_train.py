@@ -307,14 +307,14 @@ def test_the_default_recipe_is_what_help_says():
     trainer, _, _ = small_run("--alpha", "0")
     assert trainer.optimizerD.param_groups[0]["betas"] == (0.5, 0.999)
     assert trainer.optimizerG.param_groups[0]["betas"] == (0.9, 0.999)
-    assert trainer.max_ratio == 2 and training_step.EMA_DECAY == 0.999
+    assert trainer.max_ratio == 1 and training_step.EMA_DECAY == 0.999
     assert trainer.loss.gan_loss == "bce" and trainer.mixed_batches and trainer.stripe_filter
     assert trainer.average is not trainer.netG
     assert trainer.scheduleG.lr_lambdas[0](100) == pytest.approx(0.05)
     args = train_identity.parse([])
     assert (args.batch_size, args.lr, args.lr_d, args.pretrain_epochs) == (16, 4e-4, 2.5e-5, 75)
     for number in ("three quarters", "16 images", "4e-4", "a twentieth", "2.5e-5", "beta1 0.5",
-                   "twice as long", "every 4th step"):
+                   "at most as long", "every 4th step"):
         assert any(number in why for why in train_identity.DEPARTURES.values()), number
 
 
