@@ -7,6 +7,9 @@ Every run has the GAN epochs alone, from one generator of the pixel loss; runs o
 the same batches. The command given again goes on where it stopped and passes by what is finished.
 """
 
+import support  # noqa: F401  first, for Ctrl-C
+
+# isort: split
 import shlex
 import signal
 import sys
@@ -23,6 +26,7 @@ from support import checkpoints, figures, run_folder, tables
 from support.cli import (
     InputError,
     Parser,
+    check_out_dir,
     log,
     markdown_table,
     not_negative,
@@ -343,6 +347,10 @@ def main(argv=None):
         training = [*training, "--precision", fast_precision(device)]
     for flags in configurations(args.gamma).values():
         train_identity.parse([*training, *flags])
+    folder = Path(args.results_dir)
+    check_out_dir(folder, "--results_dir", train_dir=settings.train_dir,
+                  valid_dir=settings.valid_dir)
+    figures.check_ours([folder / "ablation.png"], "--results_dir")
     train_set, valid_set = load_data(settings)
     data = {name: {"n": len(photographs), "hash": photographs.digest()}
             for name, photographs in (("train", train_set), ("valid", valid_set))}
@@ -361,7 +369,6 @@ def main(argv=None):
                for name, config in configs.items()}
     words = conditions(args, configs["baseline"])
 
-    folder = Path(args.results_dir)
     table = wide(summary, pairs, last, weights)
     checkpoints.save_csv(table, folder / "ablation.csv")
     checkpoints.save_text(report(args, words, summary, labels, pairs, last, weights),

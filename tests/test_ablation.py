@@ -309,6 +309,18 @@ def test_the_person_who_stops_it_is_told_how_to_go_on(done, tmp_path, monkeypatc
     assert f"python ablation.py {' '.join(command)}" in said
 
 
+@pytest.mark.parametrize("name, said", [("valid", "among photographs"), ("results2", "not of")])
+def test_no_result_over_or_among_the_users_pictures(done, name, said):
+    folder = done[0]
+    (folder / "results2").mkdir(exist_ok=True)
+    (folder / "results2" / "ablation.png").write_bytes(b"the user's")
+    with pytest.raises(InputError, match=f"{name}.* {said}"):
+        ablation.main([*flags(folder), "--results_dir", f"{folder}/{name}", "--out_dir",
+                       f"{folder}/new"])
+    assert not (folder / "new").exists()
+    assert (folder / "results2" / "ablation.png").read_bytes() == b"the user's"
+
+
 def test_a_weight_that_training_refuses_is_refused_before_the_first_run(done):
     folder = done[0]
     with pytest.raises(InputError, match="--gamma"):
