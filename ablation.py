@@ -103,12 +103,13 @@ def train_all(args, training, data, again):
 
     training: flags of train_identity.py that all runs share.
     """
+    lr = str(train_identity.parse(training).lr)  # not --start's own
     runs = {}
     for seed in args.seeds:  # one whole comparison after the other
         for name, flags in configurations(args.gamma).items():
             runs[name, seed] = Path(args.out_dir, f"{name}_seed{seed}")
             train_run(runs[name, seed], [
-                *training, *flags, "--start", str(args.start), "--pretrain_epochs", "0",
+                *training, *flags, "--start", str(args.start), "--lr", lr, "--pretrain_epochs", "0",
                 "--num_epochs", str(args.epochs), "--seed", str(seed)], data, again)
     return runs
 

@@ -69,6 +69,10 @@ UNDONE = {"mixed_crops": {"crop": "random"}, "pretraining": {"pretrain_epochs": 
           "small_batches": {"batch_size": 32, "lr": 1e-4}, "slow_d": {"lr_d": 1e-4},
           "fast_precision": {"precision": "fp32"}}
 
+# What --start chooses where nothing else does: a trained generator forgets at a new one's rate, and
+# --config, --resume and --recipe say themselves what they want.
+FINE_TUNING = {"lr": 2e-5, "pretrain_epochs": 0}
+
 IN_BAR = {"pixel": "pixel", "score_d": "D(x)", "score_g": "D(G(z))"}  # what a step's bar shows
 
 
@@ -245,15 +249,7 @@ def train(args):
                                      (steps_per_epoch, len(LOGGED)))
         set_rates(trainer, args)
     config = run_folder.describe(args, trainer, progress, train_set, valid_set, device, world)
-    log(f"{len(train_set)} training and {len(valid_set)} validation images; {world} process(es) on "
-        f"{config['device']} in {args.precision}; VGG16: {config['networks']['vgg16']}, "
-        f"InceptionResnetV1: {config['networks']['inception_resnet_v1']}")
-    if args.batch_size > len(train_set):
-        log(f"warning: --batch_size {args.batch_size} is more than the {len(train_set)} training "
-            "images, so an epoch is one smaller step; take a smaller --batch_size")
-    if args.pretrain_epochs >= args.num_epochs:
-        log(f"the pixel loss alone: --pretrain_epochs {args.pretrain_epochs} leaves no GAN epoch "
-            f"of --num_epochs {args.num_epochs}")
+    run_folder.say_settings(args, config)
 
     def check():
         if progress["step"]:  # between two epochs nothing is unchecked
@@ -327,7 +323,8 @@ def add_flags(parser):
     add("--recipe", choices=("ours", "report"), help="report: --without everything listed below")
     add("--without", nargs="*", choices=tuple(DEPARTURES), metavar="NAME",
         help="undo departures from the report, which are listed below")
-    add("--start", help="generator checkpoint to start from instead of a random one")
+    add("--start", help="generator checkpoint to fine-tune instead of a random one; its defaults: "
+        + ", ".join(f"--{name} {value}" for name, value in FINE_TUNING.items()))
     add("--pretrain_epochs", type=not_negative,
         help="the first epochs, with the pixel loss alone (default: three quarters)")
     add("--batch_size", type=positive, help="images per update, over all processes")
@@ -380,6 +377,8 @@ def parse(argv=None):
     first, _ = parser.parse_known_args(argv)
     stored = run_folder.load_flags(parser, first)
     parser.set_defaults(**stored)
+    if first.start and not (first.resume or first.config):
+        parser.set_defaults(**FINE_TUNING)
     # what is given now wins over what a stored run had
     without = {"report": [*DEPARTURES], "ours": []}.get(first.recipe, first.without)
     if without is not None:

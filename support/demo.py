@@ -32,7 +32,8 @@ def begin(out_dir, device):
     return ["--train_dir", f"{folder}/data/train", "--valid_dir", f"{folder}/data/valid",
             "--out_dir", str(folder), "--overwrite", "--device", device,
             "--start", str(checkpoints.shipped_generator("pixel")),
-            "--crop_size", "64", "--num_epochs", str(EPOCHS), "--batch_size", "8", "--lr", "1e-4",
+            "--crop_size", "64", "--num_epochs", str(EPOCHS), "--pretrain_epochs", "4",
+            "--batch_size", "8", "--lr", "1e-4",
             "--vgg_weights", "random", "--face_weights", "random"]
 
 

@@ -37,13 +37,19 @@ def write_onnx(network, lr, path):
     """`network` as ONNX with any number of images, height and width; one file holds everything."""
     try:
         import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
+        import onnxscript
     except ImportError as error:
         raise InputError(f"--export onnx needs the package {error.name}: pip install onnx "
                          "onnxscript") from None
     shapes = {"lr": {0: "n", 2: "h", 3: "w"}}
-    torch.onnx.export(network, (lr,), str(path), input_names=["lr"], output_names=["sr"],
-                      dynamic_shapes=shapes, dynamo=True, external_data=False, verbose=False)
+    try:
+        torch.onnx.export(network, (lr,), str(path), input_names=["lr"], output_names=["sr"],
+                          dynamic_shapes=shapes, dynamo=True, external_data=False, verbose=False)
+    except RuntimeError as error:  # the exporter's own, whatever fails in it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--export onnx: torch {torch.__version__} with onnxscript "
+                         f"{onnxscript.__version__} failed ({reason}); pip install -U torch onnx "
+                         "onnxscript") from error
 
 
 def plain(generator):

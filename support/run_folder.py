@@ -298,6 +298,22 @@ def describe(args, trainer, progress, train, valid, device, world):
     }
 
 
+def say_settings(args, config):
+    """Say what is trained on what, and which flags hardly anyone means; config: `describe`'s."""
+    networks, n = config["networks"], config["data"]["train"]["n"]
+    log(f"{n} training and {config['data']['valid']['n']} validation images; "
+        f"{config['processes']} process(es) on {config['device']} in {args.precision}; VGG16: "
+        f"{networks['vgg16']}, InceptionResnetV1: {networks['inception_resnet_v1']}")
+    if args.start and not args.resume:
+        log(f"fine-tuning {args.start}: --lr {args.lr:g} --pretrain_epochs {args.pretrain_epochs}")
+    if args.batch_size > n:
+        log(f"warning: --batch_size {args.batch_size} is more than the {n} training images, so an "
+            "epoch is one smaller step; take a smaller --batch_size")
+    if args.pretrain_epochs >= args.num_epochs:
+        log(f"the pixel loss alone: --pretrain_epochs {args.pretrain_epochs} leaves no GAN epoch "
+            f"of --num_epochs {args.num_epochs}")
+
+
 def next_commands(args):
     """The lines to type after a run: measure its generator, use it."""
     path = checkpoints.generator_path(args.out_dir, args.upscale_factor, args.num_epochs)

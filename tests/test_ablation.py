@@ -155,7 +155,8 @@ def test_without_a_flag_it_is_the_whole_study(done, tmp_path, monkeypatch):
     settings = [train_identity.parse(argv) for argv in called]
     shipped = str(checkpoints.shipped_generator("pixel"))
     assert [s.out_dir for s in settings] == [*map(str, runs.values())]
-    assert {(s.start, s.num_epochs, s.pretrain_epochs) for s in settings} == {(shipped, 15, 0)}
+    assert {(s.start, s.num_epochs, s.pretrain_epochs, s.lr) for s in settings} == {
+        (shipped, 15, 0, 4e-4)}  # not the rate of --start
     assert [s.gamma for s in settings[:6]] == [0, 0.006, 0.6, 0.05, 1, 3]
 
 

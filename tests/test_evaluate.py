@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evaluate
 from data_utils import ValidDatasetFromFolder
@@ -110,9 +109,8 @@ def test_ssim_is_that_of_the_reports_package(pairs):
 
 
 def test_ssim_runs_where_the_images_are():
-    with FakeTensorMode():  # shapes and devices only: no GPU needed
-        images = torch.empty(2, 3, 16, 16, device="cuda")
-        assert evaluate.ssim(images, images).device.type == "cuda"
+    images = torch.empty(2, 3, 16, 16, device="meta")  # shapes alone: as far as a GPU from the CPU
+    assert evaluate.ssim(images, images).device.type == "meta"
 
 
 def test_cosine():

@@ -110,6 +110,21 @@ def test_a_file_of_another_kind_is_not_replaced(network, tmp_path, monkeypatch, 
     exported(network, kind, path)
 
 
+def test_versions_that_do_not_go_together_are_named(network, tmp_path, monkeypatch):
+    """As torch 2.6 with onnxscript 0.3: no full disk."""
+    pytest.importorskip("onnx")
+    onnxscript = pytest.importorskip("onnxscript")
+
+    def fail(*_args, **_how):
+        raise RuntimeError("no such pass\nof many lines")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(InputError, match="onnx: torch .*no such pass.*pip install") as error:
+        exported(network, "onnx", tmp_path / "out.onnx")
+    assert onnxscript.__version__ in str(error.value) and "\n" not in str(error.value)
+    assert "free some space" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
 def test_what_cannot_be_exported(network, tmp_path):
     with pytest.raises(InputError, match="--export tflite: give onnx, torchscript or safetensors"):
         exported(network, "tflite", tmp_path / "out")

@@ -698,6 +698,20 @@ def test_names_that_are_given_win_over_stored_flags(finished):
     assert train_identity.parse([*config, "--without", "flips"]).batch_size == 2
 
 
+def test_a_start_is_fine_tuned_unless_something_else_is_asked_for(finished):
+    def chosen(*more):
+        args = train_identity.parse(["--start", "netG.pth", *more])
+        return args.lr, args.pretrain_epochs
+
+    assert chosen() == (2e-5, 0) and chosen("--without", "flips") == (2e-5, 0)
+    assert chosen("--lr", "0.003") == (0.003, 0)
+    assert chosen("--pretrain_epochs", "7") == (2e-5, 7)
+    assert chosen("--recipe", "report") == (1e-4, 0)
+    assert chosen("--recipe", "ours") == (4e-4, 75)
+    assert chosen("--config", str(finished / "config.json")) == (4e-4, 1)
+    assert chosen("--resume", "--out_dir", str(finished)) == (4e-4, 1)
+
+
 # ---------------------------------------------------------------------------------------------
 # Interruptions
 
@@ -853,7 +867,8 @@ def test_flags_given_beside_resume_are_applied_and_said(finished, tmp_path, caps
     assert "changed" not in (said := capsys.readouterr().out) and "3 epochs are done" in said
 
 
-def test_a_run_goes_on_without_the_generator_of_its_start(faces, tmp_path, finished, monkeypatch):
+def test_a_run_goes_on_without_the_generator_of_its_start(faces, tmp_path, finished, monkeypatch,
+                                                          capsys):
     start = tmp_path / "start.pth"
     shutil.copy(finished / "netG_epoch_2_2.pth", start)
     digest = hashlib.sha256(start.read_bytes()).hexdigest()
@@ -861,9 +876,13 @@ def test_a_run_goes_on_without_the_generator_of_its_start(faces, tmp_path, finis
         interrupt(patch, 1, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train_identity.main(flags(faces, tmp_path / "run", "--start", str(start)))
+    assert f"fine-tuning {start}: --lr 2e-05 --pretrain_epochs 0" in capsys.readouterr().out
     start.unlink()
     train_identity.main(["--resume", "--out_dir", str(tmp_path / "run")])
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["start"] == digest
+    said, config = capsys.readouterr().out, json.loads(
+        (tmp_path / "run" / "config.json").read_text())
+    assert config["start"] == digest and "changed" not in said and "fine-tuning" not in said
+    assert (config["flags"]["lr"], config["flags"]["pretrain_epochs"]) == (2e-5, 0)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -1048,6 +1067,7 @@ def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch):
     users.unlink()
     train_identity.main(["--demo", "--out_dir", str(tmp_path)])
     assert Path(trained[0].out_dir) == tmp_path / "demo" and trained[0].overwrite
+    assert (trained[0].lr, trained[0].pretrain_epochs) == (1e-4, 4)  # more than --start's own
     shown = Image.open(tmp_path / "demo" / "restored.png")
     assert shown.width > 3 * 128 and shown.height > 128
 
