@@ -1,12 +1,15 @@
 """The report's objective 5 in one command: an ablation study of the identity loss.
 
-    python ablation.py                                    # the report's three weightings
-    python ablation.py --gamma 3 10 --seeds 0 1 2         # two more weights, three seeds
+    python ablation.py                         # six weightings, three seeds: the README's results
+    python ablation.py --gamma 10 --seeds 0    # the report's three weightings and one more, once
 
-Every run is fine-tuned from one warm start; runs of the same seed see the same batches. The command
-given again goes on where it stopped and passes by what is finished.
+Every run has the GAN epochs alone, from one generator of the pixel loss; runs of the same seed see
+the same batches. The command given again goes on where it stopped and passes by what is finished.
 """
 
+import support  # noqa: F401  first, for Ctrl-C
+
+# isort: split
 import shlex
 import signal
 import sys
@@ -23,6 +26,7 @@ from support import checkpoints, figures, run_folder, tables
 from support.cli import (
     InputError,
     Parser,
+    check_out_dir,
     log,
     markdown_table,
     not_negative,
@@ -38,8 +42,7 @@ OWN_FLAGS = ("--out_dir", "--preset", "--alpha", "--beta", "--seed", "--num_epoc
 LOGGED = {"psnr_y": "PSNR", "ssim": "SSIM", "cosine": "Cosine", "d_accuracy": "D_accuracy"}
 TITLES = {"psnr_y": "PSNR-Y (dB)", "ssim": "SSIM", "cosine": "cosine", "d_accuracy": "D accuracy"}
 BLEND = [step / 10 for step in range(11)]  # weights of identity against visual
-VERDICTS = {True: "larger than chance", False: "within chance",
-            None: "not decided: a single seed shows no spread"}
+JUDGES = ["dlib"]  # where none is asked for: a network that training never saw
 
 # ---------------------------------------------------------------------------------------------
 # Training
@@ -96,43 +99,35 @@ def train_run(folder, flags, data, again):
 
 
 def train_all(args, training, data, again):
-    """(path of the warm start, {(configuration, seed): folder}), everything trained.
+    """{(configuration, seed): folder}, everything trained.
 
     training: flags of train_identity.py that all runs share.
     """
-    folder, start = Path(args.out_dir), args.start
-    shared = train_identity.parse(training)
-    if not start:
-        epochs = str(args.warm_epochs)
-        train_run(folder / "warm", [*training, "--preset", "baseline", "--num_epochs", epochs,
-                                    "--pretrain_epochs", epochs], data, again)
-        start = checkpoints.generator_path(folder / "warm", shared.upscale_factor,
-                                           args.warm_epochs)
+    lr = str(train_identity.parse(training).lr)  # not --start's own
     runs = {}
     for seed in args.seeds:  # one whole comparison after the other
         for name, flags in configurations(args.gamma).items():
-            runs[name, seed] = folder / f"{name}_seed{seed}"
+            runs[name, seed] = Path(args.out_dir, f"{name}_seed{seed}")
             train_run(runs[name, seed], [
-                *training, *flags, "--start", str(start), "--lr", str(shared.lr),
-                "--pretrain_epochs", "0", "--num_epochs", str(args.epochs), "--seed", str(seed)],
-                data, again)
-    return start, runs
+                *training, *flags, "--start", str(args.start), "--lr", lr, "--pretrain_epochs", "0",
+                "--num_epochs", str(args.epochs), "--seed", str(seed)], data, again)
+    return runs
 
 
 # ---------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def measure_all(args, start, runs, valid_set, embedders, device):
-    """Final generators, warm start, bicubic and the blends of `visual` and `identity`.
+def measure_all(args, runs, valid_set, embedders, device):
+    """Final generators, start, bicubic and the blends of `visual` and `identity`.
 
     -> (per image and model, per model) as `evaluate.measure` and `tables.summarise` have them;
     a run is called by its folder, a blend is "blend 0.3".
     """
-    factor = checkpoints.load_generator(start).scale_factor
+    networks = {"start": checkpoints.load_generator(args.start)}
+    factor = networks["start"].scale_factor
     paths = {key: checkpoints.generator_path(folder, factor, args.epochs)
              for key, folder in runs.items()}
-    networks = {"warm start": checkpoints.load_generator(start)}
     networks |= {runs[key].name: checkpoints.load_generator(path) for key, path in paths.items()}
     ends = [paths[name, args.seeds[0]] for name in ("visual", "identity")]
     networks |= {f"blend {weight:g}": checkpoints.load_blend(*ends, weight) for weight in BLEND}
@@ -235,18 +230,19 @@ def sentence(pair):
     difference, low, high, *seeds = (
         number(pair.metric, value, "+")
         for value in (pair.difference, pair.low, pair.high, *pair.by_seed))
-    return (f"{pair.model} - baseline: {title} {difference} [{low}, {high}], "
-            f"{VERDICTS[pair.larger_than_chance]} (by seed: {', '.join(seeds)})")
+    words = ("not decided: a single seed shows no spread" if pair.larger_than_chance is None
+             else tables.verdict(pair))
+    return (f"{pair.model} - baseline: {title} {difference} [{low}, {high}], {words} "
+            f"(by seed: {', '.join(seeds)})")
 
 
 def conditions(args, config):
     """Under which conditions the figures hold, in words; config: of one of the runs."""
     flags, data, networks = config["flags"], config["data"], config["networks"]
-    start = args.start or f"{args.warm_epochs} epochs of the pixel loss alone"
     return (f"{data['train']['n']} training photographs ({flags['crop']} crops of "
             f"{flags['crop_size']} px), {data['valid']['n']} validation photographs (whole "
             f"frames), {flags['upscale_factor']}x. Each run: {args.epochs} epochs from the same "
-            f"warm start ({start}; SHA-256 {config['start'][:12]}), seeds "
+            f"generator ({Path(args.start).name}; SHA-256 {config['start'][:12]}), seeds "
             f"{', '.join(map(str, args.seeds))}, batches of {flags['batch_size']}, learning rate "
             f"{flags['lr']:g}, {flags['precision']}; departures from the report left out: "
             f"{', '.join(flags['without']) or 'none'}. Networks: VGG16 "
@@ -261,11 +257,11 @@ def report(args, words, summary, labels, pairs, last, weights):
                  for name, row in last.iterrows()]
     return "\n".join([
         "# Ablation of the identity loss", "", words, "", "## Final checkpoints", "",
-        "Each photograph's values are averaged over the seeds first. Bicubic and the warm start "
+        "Each photograph's values are averaged over the seeds first. Bicubic and the start "
         "are there for comparison; blend 0.3 has 0.3 of `identity`'s weights and 0.7 of "
         f"`visual`'s, seed {args.seeds[0]}.", "", tables.markdown(summary, labels),
         "## Differences from the baseline", "",
-        "A difference is called larger than chance if its 95 % interval excludes 0 (final "
+        "A difference is called beyond chance if its 95 % interval excludes 0 (final "
         f"checkpoints, {RESAMPLES:,} paired bootstrap samples of the photographs), its p-value is "
         f"below {tables.LEVEL} after Holm's correction for all comparisons of that metric, and it "
         "is larger than the spread between seeds: the largest minus the smallest of the "
@@ -309,23 +305,22 @@ def wide(summary, pairs, last, weights):
 def parse(argv=None):
     """The ablation's own flags; `.training` holds the others, which are train_identity.py's."""
     parser = Parser(
-        description="Train the report's weightings from one warm start with the same seeds and\n"
+        description="Train the report's weightings from one generator with the same seeds and\n"
                     "batches, and compare them. Every other flag goes to train_identity.py, for\n"
                     "all runs alike: --train_dir, --batch_size, --lr, --without, --device, ...",
-        allow_abbrev=False,
-        epilog="example: python ablation.py --gamma 3 10 --seeds 0 1 2 --judge casia-webface")
+        allow_abbrev=False, epilog="example: python ablation.py --gamma 3 10 --seeds 0 1")
     add = parser.add_argument_group("what").add_argument
-    add("--gamma", nargs="+", type=float, default=[],
+    add("--gamma", nargs="*", type=float, default=[0.05, 1, 3],
         help="further identity weights, with alpha and beta of the identity preset")
-    add("--seeds", nargs="+", type=not_negative, default=[0, 1], help="seeds of each configuration")
-    add("--start", help="warm start, a generator checkpoint; without it, one is trained")
-    add("--warm_epochs", type=positive, default=50,
-        help="epochs of that one, with the pixel loss alone")
-    add("--epochs", type=positive, default=50, help="epochs of each run from there")
+    add("--seeds", nargs="+", type=not_negative, default=[0, 1, 2],
+        help="seeds of each configuration")
+    add("--start", help="generator to start from (default: the shipped one of the pixel loss)")
+    add("--epochs", type=positive, default=15, help="GAN epochs of each run from there")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--last_k", type=positive, default=10, help="epochs to average at the end of each run")
-    add("--judge", action="append", default=[], metavar="NAME|PATH",
-        help="a face network that training never saw, as in evaluate.py; may be repeated")
+    add("--last_k", type=positive, default=5, help="epochs to average at the end of each run")
+    add("--judge", action="append", metavar="NAME|PATH",
+        help="a face network that training never saw, as in evaluate.py; may be repeated "
+             "(default: dlib, which needs requirements-judge.txt)")
     add = parser.add_argument_group("where").add_argument
     add("--out_dir", default="epochs/ablation", help="folder of the runs' folders")
     add("--results_dir", default="results", help="folder of ablation.csv, .md and .png")
@@ -334,6 +329,8 @@ def parse(argv=None):
         if flag.split("=")[0] in OWN_FLAGS:
             raise InputError(f"{flag}: the ablation sets it for each run; leave it out")
     args.seeds = list(dict.fromkeys(args.seeds))
+    args.start = args.start or checkpoints.shipped_generator("pixel")
+    args.judge = args.judge or JUDGES
     args.last_k = min(args.last_k, args.epochs)
     return args
 
@@ -351,15 +348,19 @@ def main(argv=None):
         training = [*training, "--precision", fast_precision(device)]
     for flags in configurations(args.gamma).values():
         train_identity.parse([*training, *flags])
+    folder = Path(args.results_dir)
+    check_out_dir(folder, "--results_dir", train_dir=settings.train_dir,
+                  valid_dir=settings.valid_dir)
+    figures.check_ours([folder / "ablation.png"], "--results_dir")
     train_set, valid_set = load_data(settings)
     data = {name: {"n": len(photographs), "hash": photographs.digest()}
             for name, photographs in (("train", train_set), ("valid", valid_set))}
     del train_set  # each run reads its own
-    start, runs = train_all(args, training, data, again)
+    runs = train_all(args, training, data, again)
 
     for network in embedders.values():
         network.to(device)
-    per_image, per_run = measure_all(args, start, runs, valid_set, embedders, device)
+    per_image, per_run = measure_all(args, runs, valid_set, embedders, device)
     averaged, summary = average_seeds(per_image, per_run, runs)
     pairs, curves = differences(averaged, per_run, runs), learning_curves(runs)
     last = last_epochs(curves, args.last_k)
@@ -369,7 +370,6 @@ def main(argv=None):
                for name, config in configs.items()}
     words = conditions(args, configs["baseline"])
 
-    folder = Path(args.results_dir)
     table = wide(summary, pairs, last, weights)
     checkpoints.save_csv(table, folder / "ablation.csv")
     checkpoints.save_text(report(args, words, summary, labels, pairs, last, weights),

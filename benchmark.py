@@ -10,11 +10,17 @@ an extra generator and discriminator pass per step, targets computed anew, NCHW,
 losses and mathematics are the same; `tests/test_train.py` compares their losses and updates.
 """
 
+import support  # noqa: F401  first, for Ctrl-C
+
+# isort: split
 import multiprocessing
 import resource
+import signal
 import statistics
+import sys
 import tempfile
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,7 +34,7 @@ import training_step
 from data_utils import CROPS, TrainDatasetFromFolder, ValidDatasetFromFolder
 from loss_identity import adversarial_loss, embed, fake_loss, pixel_loss, real_loss
 from support import checkpoints, figures
-from support.cli import InputError, Parser, positive, run_script
+from support.cli import InputError, Parser, check_named, positive, run_script
 from support.machine import PRECISIONS, choose_device, keep_freed_memory, set_up_machine
 from support.portraits import synthetic_portraits
 
@@ -234,7 +240,8 @@ def data_path(folder, flags, device):
 
 
 def worker(role, flags, folder, pipe):
-    """Answer the parent's questions with seconds (or other figures) until it sends None."""
+    """Answer the parent's questions with seconds (or other figures) until it closes the pipe."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C, of which the parent speaks
     project = role == "project"
     if project:
         keep_freed_memory()
@@ -270,9 +277,10 @@ def worker(role, flags, folder, pipe):
         "memory": lambda: (torch.cuda.max_memory_allocated() if device.type == "cuda" else
                            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30,
     }
-    while (question := pipe.recv()) is not None:
-        pipe.send(answers[question]() if question in answers else
-                  in_training(functions[question]))
+    with suppress(EOFError, BrokenPipeError):
+        while question := pipe.recv():
+            pipe.send(answers[question]() if question in answers else
+                      in_training(functions[question]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,8 +308,12 @@ def compare(project, reference, question, rounds, images):
     return images / ours, images / theirs, statistics.median(b / a for a, b in pairs)
 
 
-def start_workers(args, folder):
-    """({role: pipe}, processes): the two that take turns, on drawn portraits in `folder`."""
+@contextmanager
+def workers(args, folder):
+    """Pipes to the processes of project and reference, which work on drawn portraits in `folder`.
+
+    They end with the context, whose end closes the pipes.
+    """
     flags = train_identity.parse([
         "--batch_size", str(args.batch_size), "--crop_size", str(args.crop_size), "--device",
         args.device, "--precision", args.precision, "--vgg_weights", "random", "--face_weights",
@@ -309,21 +321,26 @@ def start_workers(args, folder):
     for i, portrait in enumerate(synthetic_portraits(args.valid_images, 256, 1)):
         figures.save_image(Image.fromarray(portrait), Path(folder, f"{i:03}.png"))
     context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
+    pipes, processes = [], []
     for role in ("project", "reference"):
-        pipes[role], end = context.Pipe()
+        pipe, end = context.Pipe()
+        pipes.append(pipe)
         process = context.Process(target=worker, args=(role, flags, folder, end), daemon=True)
         process.start()
         end.close()
         processes.append(process)
-    return pipes, processes
+    try:
+        yield pipes
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.join(10)
 
 
 def benchmark(args):
     """Run everything -> {name: figure}."""
-    with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = start_workers(args, folder)
-        project, reference = pipes["project"], pipes["reference"]
+    with tempfile.TemporaryDirectory() as folder, workers(args, folder) as (project, reference):
         ours, theirs = {}, {}
         result = {"batch_size": args.batch_size, "device": args.device,
                   "threads": torch.get_num_threads(), "precision": ask(project, "precision")}
@@ -346,10 +363,6 @@ def benchmark(args):
         result["data_images_per_second"] = ask(project, "data path")
         parts = [ask(project, "parts") for _ in range(2)]
         result["gflop_per_image"] = ask(project, "flop") / 1e9
-        for pipe in pipes.values():
-            pipe.send(None)
-        for process in processes:
-            process.join()
     result["parts_seconds_per_image"] = {
         name: statistics.mean(p[name] for p in parts) / args.batch_size for name in parts[0]}
     return result | derived(result, ours, theirs, rates)
@@ -416,6 +429,8 @@ def main(argv=None):
     choose_device(args.device)
     if args.crop_size < 32 or args.crop_size % 8:
         raise InputError(f"--crop_size {args.crop_size}: must be a multiple of 8, 32 or more")
+    if args.json:
+        check_named("--json", args.json, ".json")
     result = benchmark(args)
     print(report(result))
     if args.json:

@@ -245,6 +245,7 @@ class TrainDatasetFromFolder(FaceFolder):
         if self.cached:  # to mirror a crop takes longer than all else; frames are mirrored once
             self.frames = [torch.from_numpy(picture) for picture in self.pictures]
             self.mirrored = [frame.flip(1) for frame in self.frames] if flips else None
+        self.moved = False  # whether the frames lie on a GPU
         self.set_epoch(0)
 
     def set_epoch(self, epoch):
@@ -276,7 +277,7 @@ class TrainDatasetFromFolder(FaceFolder):
             return self.made[index]
         crop = self._cut(index) if self.scales[index] == 1 else self._rescale(index)
         if self.recoloured[index]:
-            crop = crop.numpy() * self.gains[index] + self.offsets[index]
+            crop = crop.cpu().numpy() * self.gains[index] + self.offsets[index]
             crop = torch.from_numpy(crop.round().astype(np.uint8))
         return crop
 
@@ -302,6 +303,20 @@ class TrainDatasetFromFolder(FaceFolder):
         crop = torch.from_numpy(np.array(crop))
         return crop.flip(1) if self.flipped[index] else crop
 
+    def _move(self, device):
+        """Take the frames and this epoch's made crops to a GPU. -> whether it has room for them."""
+        copies = self.frames + (self.mirrored or [])
+        if not self.moved:
+            free, _ = torch.cuda.mem_get_info(device)
+            if sum(frame.nbytes for frame in copies) > free / 4:  # the networks need the most of it
+                return False
+            copies = [frame.to(device) for frame in copies]
+            self.frames, self.mirrored = copies[:len(self)], copies[len(self):]
+            self.moved = True
+        if self.made:
+            self.made = dict(zip(self.made, torch.stack([*self.made.values()]).to(device)))
+        return True
+
     def __getitem__(self, index):
         lr, hr = to_pairs(self.crop(index)[None], self.factor)
         return lr[0], hr[0]
@@ -309,14 +324,16 @@ class TrainDatasetFromFolder(FaceFolder):
     def batches(self, indices, device):
         """For each list of indices a batch (LR, HR) on `device`, float, channels last.
 
-        Pictures that do not fit into the cache are decoded by worker processes.
+        On a GPU with room for them the frames lie there, and a batch is only cut out. Pictures
+        that do not fit into the cache are decoded by worker processes.
         """
         if self.cached:
+            on_gpu = device.type == "cuda" and self._move(device)
             for batch in indices:
                 crops = torch.stack([self.crop(index) for index in batch])
-                if device.type == "cuda":  # from other memory a copy waits for the GPU
-                    crops = crops.pin_memory()
-                yield to_pairs(crops.to(device, non_blocking=True), self.factor)
+                if device.type == "cuda" and not on_gpu:  # other memory's copies wait for the GPU
+                    crops = crops.pin_memory().to(device, non_blocking=True)
+                yield to_pairs(crops, self.factor)
             return
         loader = DataLoader(self, batch_sampler=indices, num_workers=min(8, os.cpu_count()),
                             pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)

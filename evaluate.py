@@ -27,11 +27,12 @@ from support import checkpoints, export, figures, report
 from support.cli import (
     InputError,
     Parser,
+    check_named,
     check_out_dir,
     not_negative,
     positive,
-    positive_number,
     run_script,
+    scale,
     weight,
 )
 from support.figures import save_image, to_image
@@ -359,10 +360,12 @@ def stems_of(dataset):
 
 def export_lr(dataset, crop_sizes, folder):
     """Write every LR picture to FOLDER/crop_128/ and the like, a PNG named like its photograph."""
-    for size in crop_sizes:
-        framing, inside = dataset.framed(size), Path(folder, framing_name(size))
-        for stem, i in stems_of(dataset).items():
-            save_image(to_image(framing[i][0]), inside / f"{stem}.png")
+    stems = stems_of(dataset)
+    paths = {(size, i): Path(folder, framing_name(size), f"{stem}.png")
+             for size in crop_sizes for stem, i in stems.items()}
+    figures.check_ours(paths.values(), "--export_lr")
+    for (size, i), path in paths.items():
+        save_image(to_image(dataset.framed(size)[i][0]), path)
     print(f"wrote the LR pictures to {folder}/; score what is restored from them with --restored "
           "NAME=FOLDER")
 
@@ -507,7 +510,7 @@ def parse(argv=None):
     add("--gallery", metavar="FOLDER",
         help="instead: identification of restored faces; a folder of photographs per person, the "
              "first of each is the gallery")
-    add("--scale", type=positive_number, nargs="+", default=[], metavar="F",
+    add("--scale", type=scale, nargs="+", default=[], metavar="F",
         help="also on whole frames, and the faces in them, F times as large")
     add = parser.add_argument_group("how").add_argument
     add("--face_weights", default="vggface2",
@@ -561,10 +564,12 @@ def export_generator(args):
     """--export: the one checkpoint or blend, or the shipped generator, in another format."""
     kind, out = args.export
     if kind not in export.FORMATS:
-        raise InputError(f"--export {kind}: give {', '.join(export.FORMATS[:-1])} or "
-                         f"{export.FORMATS[-1]}, then the file to write")
+        *others, last = export.FORMATS
+        raise InputError(f"--export {kind}: give {', '.join(others)} or {last}, then the file to "
+                         "write")
     if len(args.checkpoint) > 1 or len(args.blend) > 1:
         raise InputError("--export writes one generator: give one --checkpoint, or one --blend")
+    check_named("--export", out, export.FORMATS[kind])
     path = args.checkpoint[0] if args.checkpoint else checkpoints.shipped_generator()
     if args.blend:
         generator = checkpoints.load_blend(path, *checkpoints.parse_blend(args.blend[0]))
@@ -580,6 +585,9 @@ def compare_models(args, models, dataset, embedders, labels, device, context):
     embedders, labels: of `load_embedders`.
     """
     folder, tables, pictures = Path(args.out_dir), {}, {}
+    names = [f"comparison_{framing_name(size)}.png" for size in args.crop_size]
+    figures.check_ours(folder / name for name in names + ["sweep.png"] * bool(args.shift
+                                                                              or args.scale))
     framings = [dataset.framed(size) for size in args.crop_size]
     of_framing = [with_restored(models, args.restored, framing) for framing in framings]
     for framing, shown in zip(framings, of_framing):
@@ -604,15 +612,11 @@ def compare_models(args, models, dataset, embedders, labels, device, context):
 
 
 def check_outputs(args):
-    """Raise InputError where an output would lie among photographs or over another's files."""
+    """Raise InputError where an output would lie among photographs."""
     folders = {"gallery": args.gallery} if args.gallery else {"data_dir": args.data_dir}
     check_out_dir(args.out_dir, **folders)
     if args.export_lr:
         check_out_dir(args.export_lr, "--export_lr", **folders)
-    folder = Path(args.out_dir)
-    strangers = [*folder.glob("comparison_*.png"), *folder.glob("sweep.png")]
-    if strangers and not (folder / "per_image.csv").exists():
-        raise InputError(f"{strangers[0]} is not of this script; choose another --out_dir")
     if (args.pairs or args.gallery) and (args.restored or args.export_lr):
         raise InputError("--restored and --export_lr: leave them out beside --pairs and --gallery")
 

@@ -66,6 +66,8 @@ def find_photographs(source):
         members = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
     else:
         try:
+            if source.is_fifo():  # would be waited for
+                raise zipfile.BadZipFile("a pipe")
             with zipfile.ZipFile(source) as archive:
                 members = archive.namelist()
         except (OSError, zipfile.BadZipFile) as error:
@@ -152,13 +154,17 @@ def make_frame(source, member, out, known):
     """One photograph -> (hash of its 256 px frame's pixels, PNG as bytes, None).
 
     The bytes are None if `out` already holds the pixels of hash `known`. (None, None, the reason)
-    if the photograph cannot be used.
+    if the photograph cannot be used. Raises InputError if `out` holds another picture.
     """
     try:
-        if known and pixel_hash(read_image(out)) == known:
-            return known, None, None
+        there = pixel_hash(read_image(out))
     except InputError:  # missing or damaged: make it again
-        pass
+        there = None
+    if there and there == known:
+        return known, None, None
+    if there:
+        raise InputError(f"{out} is not the picture of manifest.csv any more and stays as it is; "
+                         "move it, and the same command makes that one again")
     file = source / member
     try:
         file = file if source.is_dir() else read_member(source, member)

@@ -10,7 +10,12 @@ small faces restored, `party_restored.png`. A further input of the same name, fr
 with another suffix, counts on: `face_2`.
 """
 
+import support  # noqa: F401  first, for Ctrl-C
+
+# isort: split
 import math
+import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +67,7 @@ def find_inputs(arguments, fail, formats=FORMATS):
     """
     paths, suffixes = {}, SUFFIXES | MORE_SUFFIXES.keys()
     arguments = [path for argument in arguments for path in (
-        sys.stdin.read().splitlines() if argument == "-" else [argument]) if path]
+        re.split("[\n\0]", sys.stdin.read()) if argument == "-" else [argument]) if path]
     for argument in map(Path, arguments):
         try:
             found = [argument]
@@ -71,7 +76,8 @@ def find_inputs(arguments, fail, formats=FORMATS):
         except InputError as error:
             fail(error)
             continue
-        paths.update((path.resolve(), path) for path in found if path.resolve() not in paths)
+        for path in found:
+            paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())
 
 
@@ -335,6 +341,18 @@ def comparison(job, faces):
     return figures.grid(rows, ("input", "bicubic", "output"))
 
 
+def write(job, pictures, out_dir):
+    """Write what `results` made -> {path: picture}. Raises InputError naming a path.
+
+    Nothing of a job is written where one of its names is taken by what this script did not write.
+    """
+    written = {out_dir / f"{job.stem}_{ending}.png": p for ending, p in pictures.items()}
+    figures.check_ours(written)
+    for path, picture in written.items():
+        figures.save_image(picture, path)
+    return written
+
+
 # ---------------------------------------------------------------------------------------------
 # The command line
 
@@ -400,7 +418,7 @@ def main(argv=None):
     out_dir, paths = Path(args.out_dir), find_inputs(args.inputs, fail, formats)
     if not paths and not failed:
         raise InputError("-: no path on standard input; give one a line")
-    if out_dir.resolve() in {path.resolve().parent for path in paths}:
+    if os.path.realpath(out_dir) in {os.path.dirname(os.path.realpath(path)) for path in paths}:
         raise InputError(f"--out_dir {out_dir} holds an input, which an output might overwrite; "
                          "choose another folder")
     generator = load_network(args)
@@ -428,19 +446,17 @@ def main(argv=None):
             faces = [all_faces.pop(0) for _ in job.lr]
             try:
                 pictures, remark = results(job, faces, args.upscale, args.force)
+                if args.compare:
+                    pictures["compare"] = comparison(job, faces)
+                written = write(job, pictures, out_dir)
             except InputError as error:
                 fail(error)
                 continue
-            if args.compare:
-                pictures["compare"] = comparison(job, faces)
-            written = {out_dir / f"{job.stem}_{ending}.png": p for ending, p in pictures.items()}
-            for path, picture in written.items():
-                figures.save_image(picture, path)
             sizes = ", ".join(f"{path} ({p.width}x{p.height})" for path, p in written.items())
             remark += "; only the first frame" * job.original.info["animated"]
             print(f"{job.path} ({job.rgb.width}x{job.rgb.height}) -> {sizes}{remark}", flush=True)
     if failed:
-        raise InputError(f"{len(failed)} input(s) could not be used, see above")
+        raise InputError(f"{len(failed)} input(s) not done, see above")
 
 
 if __name__ == "__main__":

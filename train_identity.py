@@ -56,7 +56,7 @@ DEPARTURES = {
     "mixed_batches": "D sees real and generated images in one batch, so that BatchNorm does not "
                      "hide what tells them apart",
     "slow_d": "D's Adam has a rate of 2.5e-5 and beta1 0.5, so that D neither dies nor wins",
-    "ratio_bound": "the adversarial gradient is at most twice as long as the pixel loss's",
+    "ratio_bound": "the adversarial gradient is at most as long as the pixel loss's",
     "lazy": f"adversarial and perceptual terms in every {LAZY_INTERVAL}th step, at "
             f"{LAZY_INTERVAL} times the weight",
     "fast_precision": "--precision auto, not fp32",

@@ -33,7 +33,7 @@ LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "s
 
 LAZY_INTERVAL = 4  # steps between two with the adversarial or the perceptual terms
 MATURE_D = 100     # updates of D before it may be called dead: a new one knows nothing yet
-MAX_RATIO = 2.0    # of the adversarial gradient at SR to the pixel loss's
+MAX_RATIO = 1.0    # of the adversarial gradient at SR to the pixel loss's
 EMA_DECAY = 0.999  # limit of the generator average's decay
 BETA1_D = 0.5      # of D's Adam; plain Adam has 0.9
 WARM_UP_D = 64     # updates of D at twice its rate: it begins new against a trained generator

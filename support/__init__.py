@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 def stop_at_once(_number, _frame):
-    os.write(2, b"error: stopped by Ctrl-C\n")
+    if "--multiprocessing-fork" not in sys.orig_argv:  # of several processes the first says it
+        os.write(2, b"error: stopped by Ctrl-C\n")
     os._exit(130)
 
 

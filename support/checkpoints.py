@@ -6,6 +6,7 @@ Checkpoints are untrusted input: a look at the archive, PyTorch's `weights_only`
 checks of our own.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -41,17 +42,21 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, outlives a power cut
-        finally:
-            os.close(folder)
+        with suppress(PermissionError):  # as Windows raises for any folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new name, too, outlives a power cut
+            finally:
+                os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk to RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         if "inline_container" in reason:  # that writer's words for a write cut short
             reason = "the disk is full, or took only a part"
-        raise InputError(f"could not write {path}: {reason}; free some space or choose another "
-                         "folder. What was there before is intact") from error
+        remedy = "free some space or choose another folder"
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            remedy = "shorten the name"
+        raise InputError(f"could not write {path}: {reason}; {remedy}. What was there before is "
+                         "intact") from error
     finally:
         with suppress(OSError):  # it isn't there, or the disk is read-only
             temporary.unlink()

@@ -1,7 +1,6 @@
 """What every command shares: one-line errors, argparse types, the log, parallel work."""
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -28,12 +27,13 @@ def run_script(main):
     An OSError counts as such: a folder that may not be read or written, a disk that fails. Ctrl-C,
     where a script does not catch it itself, is one line and exit code 130.
     """
-    for stream in (sys.stdout, sys.stderr):  # names of files may be any bytes
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # names of files may be any bytes
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is stop_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else
+                               "backslashreplace")
     try:
+        if signal.getsignal(signal.SIGINT) is stop_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -105,10 +105,10 @@ def weight(text):
     return value
 
 
-def positive_number(text):
-    """argparse type: a finite number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError("must be a finite number above 0")
+def scale(text):
+    """argparse type: a number from 0.01 to 16, by which a picture may be scaled."""
+    if not 0.01 <= float(text) <= 16:
+        raise argparse.ArgumentTypeError("must be a number from 0.01 to 16")
     return float(text)
 
 
@@ -165,6 +165,13 @@ def check_out_dir(out_dir, own="--out_dir", **folders):
         if Path(folder).resolve() in (out, *out.parents):
             raise InputError(f"{own} {out_dir} lies in --{flag} {folder}, among photographs; "
                              "choose another folder")
+
+
+def check_named(flag, path, suffix):
+    """Raise InputError if a flag names a file that is there and is not of the kind to write."""
+    if os.path.lexists(path) and Path(path).suffix.lower() != suffix:
+        raise InputError(f"{flag} {path}: this file stays as it is, being no {suffix}; choose a "
+                         f"new name, or one that ends in {suffix}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -19,10 +19,12 @@ def begin(out_dir, device):
     Everything is in the folder demo/ of `out_dir`, so that no run is ever overwritten.
     """
     folder = Path(out_dir, "demo")
-    for split, n, seed in (("train", 64, 1), ("valid", 12, 2)):
-        portraits = [Image.fromarray(array) for array in synthetic_portraits(n, 128, seed)]
-        for i, portrait in enumerate(portraits):
-            figures.save_image(portrait, folder / "data" / split / f"{i:03}.png")
+    portraits = {folder / "data" / split / f"{i:03}.png": Image.fromarray(array)
+                 for split, n, seed in (("train", 64, 1), ("valid", 12, 2))
+                 for i, array in enumerate(synthetic_portraits(n, 128, seed))}
+    figures.check_ours([*portraits, folder / "restored.png"])
+    for path, portrait in portraits.items():
+        figures.save_image(portrait, path)
     restore(Image.fromarray(synthetic_portraits(1, 256, 3)[0]), folder / "restored.png")
     log(f"{folder}/restored.png: a drawn face by the shipped generator (bicubic | SR | original)\n"
         f"now a smoke test of the training: from the shipped pixel network, on the drawn people in "

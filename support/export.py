@@ -10,7 +10,7 @@ from support.checkpoints import replacing, save_safetensors
 from support.cli import InputError
 from support.fast_layers import PReLU
 
-FORMATS = ("onnx", "torchscript", "safetensors")
+FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}  # and suffixes
 
 
 def export(generator, kind, path):

@@ -4,12 +4,18 @@ Each plot must read in black and white: lines differ in dashes and markers, and 
 their end instead of in a legend.
 """
 
+import os
+from pathlib import Path
+
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from support.checkpoints import replacing
+from support.cli import InputError
 
 # matplotlib is imported where something is plotted: it would add a second to every --help.
+
+SOFTWARE = "Identity-preserving super-resolution of faces"  # in each picture: we wrote it
 
 # The report's "Results Summary": PSNR-Y in dB, SSIM, cosine.
 REPORT = {
@@ -35,9 +41,31 @@ def to_image(tensor):
 
 
 def save_image(image, path):
-    """A PIL picture to `path`, atomically."""
+    """A PIL picture to `path`, a PNG, atomically; its metadata say that we wrote it."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", SOFTWARE)
     with replacing(path) as temporary:
-        image.save(temporary)
+        image.save(temporary, pnginfo=mark)
+
+
+def check_ours(paths, flag="--out_dir"):
+    """Raise InputError naming the first of `paths` at which lies what this project did not write.
+
+    flag: what the user may change to write elsewhere.
+    """
+    for path in filter(os.path.lexists, map(Path, paths)):
+        if not (path.is_file() and is_marked(path)):
+            raise InputError(f"{path} is not of this script and stays as it is; move it, or choose "
+                             f"another {flag}")
+
+
+def is_marked(path):
+    """Whether a file is a PNG that `save_image` or `save_plot` wrote."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == SOFTWARE
+    except Exception:  # decoders raise anything on damaged bytes
+        return False
 
 
 def shorten(text, font, width):
@@ -127,6 +155,13 @@ def panels(mosaic, size, titles):
     return figure, axes
 
 
+def save_plot(figure, path):
+    """A matplotlib figure to `path`, atomically; a PNG's metadata say that we wrote it."""
+    mark = {"Software": SOFTWARE} if Path(path).suffix == ".png" else None
+    with replacing(path) as temporary:
+        figure.savefig(temporary, metadata=mark)
+
+
 def draw_line(axes, x, y, style):
     """Plot the finite points of (x, y), NaN gaps bridged -> the last point, (nan, nan) if none.
 
@@ -210,8 +245,7 @@ def save_curves(table, path):
             panel.axvline(gan[0] - 0.5, color="0.3", linewidth=0.8)
             panel.text(gan[0] - 0.5, 1.01, "GAN phase", transform=panel.get_xaxis_transform(),
                        fontsize=7, color="0.3")
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+    save_plot(figure, path)
 
 
 def save_tradeoff(table, curves, path, blend=None):
@@ -271,8 +305,7 @@ def save_tradeoff(table, curves, path, blend=None):
             mean = runs.groupby("epoch")[measure].mean()
             ends.append((*draw_line(panel, mean.index, mean, style), name, style[0]))
         label_ends(panel, ends)
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+    save_plot(figure, path)
 
 
 def save_sweep(table, path):
@@ -302,5 +335,4 @@ def save_sweep(table, path):
                 ends.append((x, y, model, style[0]))
             ends.append((panel.get_xlim()[1], 0, "bicubic", "0.4"))
             label_ends(panel, ends)
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+    save_plot(figure, path)

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 import torchvision
 
-from support import checkpoints
+from support import checkpoints, figures
 from support.cli import InputError, check_out_dir, check_stored, log, shown
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder go unseen
+except ImportError:  # on Windows
     fcntl = None
 
 # Flags that say where a run is kept or how it was called, and those that say where it computes:
@@ -36,7 +36,7 @@ OLD_FLAGS = {
     "no_flip": (False, True, "flips"), "no_icnr": (False, True, "icnr"),
     "no_notch": (False, True, "stripe_filter"), "separate_d": (False, True, "mixed_batches"),
     "schedule": ("cosine", "constant", "cosine"), "gan_loss": ("bce", "linear", "cross_entropy"),
-    "max_ratio": (2.0, 0.0, "ratio_bound"), "ema": (0.999, 0.0, "ema"), "lazy": (4, 1, "lazy"),
+    "max_ratio": (1.0, 0.0, "ratio_bound"), "ema": (0.999, 0.0, "ema"), "lazy": (4, 1, "lazy"),
     "momentum_d": (0.5, 0.9, "slow_d"),
 }
 
@@ -115,11 +115,13 @@ def lock(args):
 
     Also if it lies among photographs. The kernel opens the lock when the process ends, however it
     ends: none is ever stale. It is rank 0's business. A folder that was made for the run goes again
-    if nothing was written.
+    if nothing was written. Windows has no such lock: that is said, and nothing is kept out.
     """
     check_out_dir(args.out_dir, train_dir=args.train_dir, valid_dir=args.valid_dir)
     folder = Path(args.out_dir)
     if fcntl is None or int(os.environ.get("RANK", 0)):
+        if fcntl is None:
+            log(f"no lock on this system: let no other run write to {folder} meanwhile")
         yield
         return
     is_new = not folder.exists()
@@ -152,14 +154,19 @@ def open_run(args):
     """
     folder = Path(args.out_dir)
     pictures = [*folder.glob("curves.png"), *folder.glob("samples/epoch_*.png")]
-    holds_a_run = (folder / "last.pt").exists() or generators(args) or pictures
-    if holds_a_run and not (args.resume or args.overwrite):
+    holds_a_run = (folder / "last.pt").exists() or generators(args)
+    if not holds_a_run:
+        figures.check_ours(pictures)
+    if (holds_a_run or pictures) and not (args.resume or args.overwrite):
         raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
                          f"{folder}), choose another --out_dir, or replace it (--overwrite)")
     for written in (folder, folder / "samples"):
         checkpoints.remove_leftovers(written, WRITTEN)
     if args.resume:
-        return read_last(folder)
+        state = read_last(folder)
+        if state["progress"].pop("replaces", False):
+            delete_old_run(args)
+        return state
     if args.overwrite and args.start and (
             Path(args.start).resolve() in [path.resolve() for path in generators(args)]):
         raise InputError(f"--start {args.start} belongs to the run that --overwrite deletes; copy "
@@ -207,6 +214,7 @@ def read_last(folder):
         "start": isinstance(progress.get("start"), texts),
         "data": isinstance(data, dict) and all(
             isinstance(data.get(name), str) for name in ("train_dir", "valid_dir")),
+        "replaces": isinstance(progress.get("replaces", False), bool),
     }
     for name, is_good in good.items():
         if not is_good:
@@ -384,9 +392,11 @@ class Saver:
         if self.world > 1 and self.progress["history"] is not None:
             average_history(self.progress)
         if self.rank == 0:
-            checkpoints.save_run(self.args.out_dir, self.parts, self.progress)
-            if self.replaces:
+            if self.replaces:  # a kill before all is deleted leaves this to --resume
+                checkpoints.save_run(self.args.out_dir, self.parts,
+                                     self.progress | {"replaces": True})
                 delete_old_run(self.args)
+            checkpoints.save_run(self.args.out_dir, self.parts, self.progress)
         self.replaces = False
 
     def after_update(self):

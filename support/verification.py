@@ -121,6 +121,8 @@ def read_pairs(path):
     naming the line.
     """
     try:
+        if Path(path).is_fifo():  # would be waited for
+            raise OSError
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no text"

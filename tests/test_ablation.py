@@ -53,8 +53,8 @@ class TinyDiscriminator(nn.Module):
 def flags(folder):
     return ["--train_dir", f"{folder}/train", "--valid_dir", f"{folder}/valid", "--crop_size", "32",
             "--upscale_factor", "2", "--batch_size", "16", "--without", "lazy", "--device", "cpu",
-            "--precision", "fp32", "--warm_epochs", "1", "--epochs", "2", "--last_k", "2",
-            "--seeds", "1", "2", "--gamma", "30", "--judge", f"{folder}/judge.pt",
+            "--precision", "fp32", "--start", f"{folder}/start.pth", "--epochs", "2",
+            "--last_k", "2", "--seeds", "1", "2", "--gamma", "30", "--judge", f"{folder}/judge.pt",
             "--out_dir", f"{folder}/runs", "--results_dir", f"{folder}/results"]
 
 
@@ -76,7 +76,7 @@ def done(tmp_path_factory):
     def update_and_interrupt(run, with_gan):
         update(run, with_gan)
         updates.append(with_gan)
-        if len(updates) == 1 + 2 + 2:  # warm start, baseline, then in visual's second epoch
+        if len(updates) == 2 + 2:  # baseline, then in visual's second epoch
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -87,6 +87,8 @@ def done(tmp_path_factory):
         for module in (training_step, checkpoints):
             patch.setattr(module, "Generator", TinyGenerator)
         patch.setattr(ablation, "BLEND", [0.0, 0.5, 1.0])
+        torch.manual_seed(4)
+        checkpoints.save_torch(TinyGenerator(2).state_dict(), folder / "start.pth")
         for name in ("save_curves", "save_samples"):  # most of the time, and not looked at here
             patch.setattr(figures, name, lambda *_: None)
         patch.setattr(train_identity, "apply_updates", update_and_interrupt)
@@ -106,19 +108,18 @@ def done(tmp_path_factory):
 def test_an_interrupted_run_is_resumed(done):
     folder, code, between, updates = done
     assert code == 128 + signal.SIGTERM
-    assert set(between) == {"warm", "baseline_seed1", "visual_seed1"}
+    assert set(between) == {"baseline_seed1", "visual_seed1"}
     assert "netG_epoch_2_2.pth" not in {path.name for path in between["visual_seed1"]}
-    assert {p.name for p in (folder / "runs").iterdir()} == {"warm", *RUNS}
-    assert len(updates) == 1 + 8 * 2  # no step was taken twice
-    for name in ("warm", "baseline_seed1"):
-        assert modified(folder / "runs" / name) == between[name]
+    assert {p.name for p in (folder / "runs").iterdir()} == {*RUNS}
+    assert len(updates) == 8 * 2  # no step was taken twice
+    assert modified(folder / "runs" / "baseline_seed1") == between["baseline_seed1"]
     table = pd.read_csv(folder / "runs" / "visual_seed1" / "train_results.csv")
     assert table["Epoch"].tolist() == [1, 2]
 
 
 def test_runs_differ_in_weights_and_seed_alone(done):
     runs = done[0] / "runs"
-    start = hashlib.sha256((runs / "warm" / "netG_epoch_2_1.pth").read_bytes()).hexdigest()
+    start = hashlib.sha256((done[0] / "start.pth").read_bytes()).hexdigest()
     configs = {name: json.loads((runs / name / "config.json").read_text()) for name in RUNS}
     of_the_run = ("alpha", "beta", "gamma", "seed")
     weights = {name: tuple(config["flags"].pop(key) for key in of_the_run)
@@ -128,8 +129,6 @@ def test_runs_differ_in_weights_and_seed_alone(done):
     first = configs["baseline_seed1"]
     assert first["start"] == start and first["flags"]["pretrain_epochs"] == 0
     assert all(c["flags"] == first["flags"] and c["start"] == start for c in configs.values())
-    warm = json.loads((runs / "warm" / "config.json").read_text())
-    assert warm["flags"]["pretrain_epochs"] == warm["flags"]["num_epochs"] == 1
 
 
 def test_asked_again_it_trains_nothing(done, capsys):
@@ -140,19 +139,25 @@ def test_asked_again_it_trains_nothing(done, capsys):
     assert modified(folder / "runs") == before and len(updates) == steps
     assert tables == [(folder / "results" / f"ablation.{kind}").read_bytes()
                       for kind in ("csv", "md")]
-    assert capsys.readouterr().out.count("is finished") == 9
+    assert capsys.readouterr().out.count("is finished") == 8
 
 
-def test_a_given_start_needs_no_warm_run(done, tmp_path, monkeypatch):
+def test_without_a_flag_it_is_the_whole_study(done, tmp_path, monkeypatch):
+    """Six weightings, three seeds, 15 GAN epochs from the shipped generator of the pixel loss."""
     called = []
     monkeypatch.setattr(train_identity, "main", called.append)
-    start = done[0] / "runs" / "warm" / "netG_epoch_2_1.pth"
-    args = ablation.parse([*flags(done[0]), "--start", str(start), "--out_dir", str(tmp_path)])
-    used, runs = ablation.train_all(args, [], {}, "")
-    assert Path(used) == start and [folder.name for folder in runs.values()] == RUNS
-    assert [argv[argv.index("--out_dir") + 1] for argv in called] == list(map(str, runs.values()))
-    assert {argv[argv.index("--start") + 1] for argv in called} == {str(start)}
-    assert {train_identity.parse(argv).lr for argv in called} == {4e-4}  # not --start's
+    args = ablation.parse(["--out_dir", str(tmp_path)])
+    assert args.judge == ["dlib"] and args.training == []
+    runs = ablation.train_all(args, [], {}, "")
+    assert [folder.name for folder in runs.values()] == [
+        f"{name}_seed{seed}" for seed in (0, 1, 2) for name in (
+            "baseline", "visual", "identity", "gamma_0.05", "gamma_1", "gamma_3")]
+    settings = [train_identity.parse(argv) for argv in called]
+    shipped = str(checkpoints.shipped_generator("pixel"))
+    assert [s.out_dir for s in settings] == [*map(str, runs.values())]
+    assert {(s.start, s.num_epochs, s.pretrain_epochs, s.lr) for s in settings} == {
+        (shipped, 15, 0, 4e-4)}  # not the rate of --start
+    assert [s.gamma for s in settings[:6]] == [0, 0.006, 0.6, 0.05, 1, 3]
 
 
 @pytest.mark.parametrize("more, said", [
@@ -180,7 +185,7 @@ def test_a_bad_judge_or_run_is_named(done, tmp_path):
     with pytest.raises(InputError, match="judge.*no such file"):
         ablation.main([*elsewhere, "--judge", "nothing.pt"])
     assert not (tmp_path / "runs").exists()  # not after hours of training
-    with pytest.raises(InputError, match="runs/warm: .*not finite"):
+    with pytest.raises(InputError, match="runs/baseline_seed1: .*not finite"):
         ablation.main([*elsewhere, "--lr", "1e5", "--batch_size", "8"])
 
 
@@ -191,7 +196,7 @@ def test_a_bad_judge_or_run_is_named(done, tmp_path):
 def test_tables_have_the_promised_columns(done):
     table = pd.read_csv(done[0] / "results" / "ablation.csv").set_index("name")
     blends = [f"blend {weight:g}" for weight in ablation.BLEND]
-    assert table.index.tolist() == ["bicubic", "warm start", *NAMES, *blends]
+    assert table.index.tolist() == ["bicubic", "start", *NAMES, *blends]
     for metric in ("psnr_y", "ssim", "cosine", "cosine_judge"):
         assert (table[f"{metric}_low"] <= table[metric]).all()
         assert (table[metric] <= table[f"{metric}_high"]).all()
@@ -278,7 +283,7 @@ def test_differences_and_sentences_by_hand():
     assert words[0].startswith("identity - baseline: PSNR-Y (dB) ")
     assert words[0].endswith("within chance (by seed: +0.100, -0.100)")
     assert words[1].startswith("identity - baseline: cosine +0.012")
-    assert words[1].endswith("larger than chance (by seed: +0.0110, +0.0130)")
+    assert words[1].endswith("better beyond chance (by seed: +0.0110, +0.0130)")
 
 
 def test_report_states_rule_conditions_and_references(done):
@@ -303,6 +308,18 @@ def test_the_person_who_stops_it_is_told_how_to_go_on(done, tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert stop.value.code == 130
     assert f"python ablation.py {' '.join(command)}" in said
+
+
+@pytest.mark.parametrize("name, said", [("valid", "among photographs"), ("results2", "not of")])
+def test_no_result_over_or_among_the_users_pictures(done, name, said):
+    folder = done[0]
+    (folder / "results2").mkdir(exist_ok=True)
+    (folder / "results2" / "ablation.png").write_bytes(b"the user's")
+    with pytest.raises(InputError, match=f"{name}.* {said}"):
+        ablation.main([*flags(folder), "--results_dir", f"{folder}/{name}", "--out_dir",
+                       f"{folder}/new"])
+    assert not (folder / "new").exists()
+    assert (folder / "results2" / "ablation.png").read_bytes() == b"the user's"
 
 
 def test_a_weight_that_training_refuses_is_refused_before_the_first_run(done):

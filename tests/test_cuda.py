@@ -178,8 +178,9 @@ def test_lr_made_in_float_is_pillows():
     assert set(np.unique(apart)) <= {0, 1} and apart.mean() < 0.02
 
 
-@pytest.mark.parametrize("cache_gb", [4.0, 0.0])
-def test_crops_are_copied_to_the_gpu_from_pinned_memory(cache_gb, faces, monkeypatch):
+@pytest.mark.parametrize("cache_gb, free_gb", [(4.0, 80), (4.0, 0), (0.0, 80)])
+def test_crops_are_cut_on_the_gpu_or_copied_from_pinned_memory(cache_gb, free_gb, faces,
+                                                                monkeypatch):
     copies = []
 
     def pin_memory(self, *_):
@@ -199,12 +200,25 @@ def test_crops_are_copied_to_the_gpu_from_pinned_memory(cache_gb, faces, monkeyp
             yield [x.pin_memory() for x in batch] if pin_memory else batch
 
     convert = torch.Tensor.to
-    dataset = TrainDatasetFromFolder(faces / "train", 16, 2, cache_gb=cache_gb)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(torch.Tensor, "to", to)
+    dataset, plain = (TrainDatasetFromFolder(faces / "train", 16, 2, "mixed", 1, cache_gb, True)
+                      for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_gb * 2 ** 30, 0))
     monkeypatch.setattr(data_utils, "DataLoader", loader)
-    assert len(list(dataset.batches([[0, 1], [2]], CUDA))) == 2
-    assert set(copies) == {(True, True)}
+    for epoch in (1, 2, 3, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "pin_memory", pin_memory)
+            patch.setattr(torch.Tensor, "to", to)
+            dataset.set_epoch(epoch)
+            got = list(dataset.batches([[0, 1], [2]], CUDA))
+        if cache_gb and free_gb:  # frames and their mirror images once, then what was made of them
+            assert len(copies) == (2 * len(dataset) if epoch == 1 else 0) + bool(dataset.made)
+            assert not any(pinned for pinned, _ in copies)
+        else:
+            assert len(got) == 2 and set(copies) == {(True, True)}
+        copies.clear()
+        plain.set_epoch(epoch)
+        assert all(torch.equal(a, b) for batch, indices in zip(got, ([0, 1], [2]))
+                   for a, b in zip(batch, to_pairs(torch.stack([*map(plain.crop, indices)]), 2)))
 
 
 @pytest.mark.parametrize("supported", [True, False])

@@ -473,7 +473,11 @@ def test_files_that_are_no_judges_are_refused_in_one_line(tmp_path, capfd, caplo
     path = tmp_path / "judge.pt"
     good = script(Judge(), tmp_path / "a.pt").read_bytes()
     capfd.readouterr()
-    for content in (b"", b"not a network", good[:-300], good[:1000]):
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        weights = max((archive.read(record) for record in archive.infolist()), key=len)
+    one_bit = bytearray(good)
+    one_bit[good.index(weights) + len(weights) // 2] ^= 1
+    for content in (b"", b"not a network", good[:-300], good[:1000], one_bit):
         path.write_bytes(content)
         assert "not a TorchScript file" in refused(path)
     torch.save(Judge().state_dict(), path)
@@ -676,6 +680,7 @@ def test_the_users_pictures_are_not_written_over(checkpoint, tmp_path, name, par
     data = save_portraits(tmp_path / "data", [(40, 40)])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "comparison_crop_32.png").write_text("the user's")
+    (tmp_path / "out" / "per_image.csv").touch()  # of an earlier evaluation
     with pytest.raises(InputError, match=part):
         evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size",
                        "32", "--face_weights", "random", "--out_dir", str(tmp_path / name)])
@@ -694,6 +699,13 @@ def test_the_pictures_are_the_best_the_median_and_the_worst(frames):
     for row, index in zip(rows, (2, 0, 1)):
         assert np.array_equal(np.asarray(row["images"][0]),
                               (frames[index][0].permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "1e300", "1e-300", "x"])
+def test_a_scale_that_no_picture_has_is_refused(value):
+    with pytest.raises(InputError, match="--scale"):
+        evaluate.parse(["--scale", value])
+    assert evaluate.parse(["--scale", "0.5", "2"]).scale == [0.5, 2]
 
 
 def test_what_the_script_cannot_use(checkpoint, tmp_path):
@@ -751,6 +763,16 @@ def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_pa
                        ("other=" + str(tmp_path / "no"), "--restored")):
         with pytest.raises(InputError, match=said):
             evaluate.main([*rest, "--restored", text])
+    users = tmp_path / "lr" / "whole_frames" / "face_1.png"
+    Image.new("RGB", (12, 10)).save(users)
+    before = {path: path.read_bytes() for path in lr.rglob("*.png")}
+    (lr / "crop_32" / "face_0.png").unlink()
+    with pytest.raises(InputError, match=f"{users} is not of .* another --export_lr"):
+        evaluate.main([*rest, "--export_lr", str(lr)])
+    assert before.items() > {path: path.read_bytes() for path in lr.rglob("*.png")}.items()
+    users.unlink()
+    for _ in range(2):
+        evaluate.main([*rest, "--export_lr", str(lr)])
     with pytest.raises(InputError, match="--export_lr .* among photographs"):
         evaluate.main([*rest, "--export_lr", str(data / "lr")])
     Image.new("RGB", (48, 40)).save(data / "face_1.jpg")

@@ -97,6 +97,19 @@ def test_a_package_that_is_missing_is_named(network, tmp_path, monkeypatch, kind
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("kind, suffix", [("onnx", ".onnx"), ("torchscript", ".pt"),
+                                          ("safetensors", ".safetensors")])
+def test_a_file_of_another_kind_is_not_replaced(network, tmp_path, monkeypatch, kind, suffix):
+    path = tmp_path / "face.png"
+    path.write_bytes(b"the user's")
+    with pytest.raises(InputError, match=f"--export {path}: .* stays .* {suffix}"):
+        exported(network, kind, path)
+    assert path.read_bytes() == b"the user's"
+    path = path.rename(tmp_path / f"generator{suffix}")
+    monkeypatch.setattr(evaluate.export, "export", lambda *_: None)
+    exported(network, kind, path)
+
+
 def test_versions_that_do_not_go_together_are_named(network, tmp_path, monkeypatch):
     """As torch 2.6 with onnxscript 0.3: no full disk."""
     pytest.importorskip("onnx")

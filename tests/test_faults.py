@@ -1,6 +1,7 @@
 """What goes wrong around a run: two in a folder, an edited file, a killed process; then a fuzz."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -27,7 +28,7 @@ import train_identity
 import training_step
 from data_utils import read_image
 from model import Generator
-from support import checkpoints, run_folder
+from support import checkpoints, figures, run_folder
 from support.cli import InputError, run_script
 
 
@@ -91,6 +92,33 @@ def test_overwrite_writes_nothing_before_the_old_run_goes(faces, run, monkeypatc
     assert sorted(seen[0]) == [run_folder.LOCK, "last.pt"]
 
 
+def test_a_kill_while_the_old_run_goes_leaves_the_rest_to_resume(faces, run, monkeypatch):
+    argv = [*flags(faces, run, "--seed", "5"), "--overwrite"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "delete_old_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_identity.main(argv)
+    assert (run / "netG_epoch_2_2.pth").exists()  # the old run's, beside the new last.pt
+    with monkeypatch.context() as patch:
+        patch.setattr(train_identity, "validate_epoch", killed)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                train_identity.main(["--resume", "--out_dir", str(run)])
+    assert sorted(contents(run)) == ["config.json", "last.pt"]
+    assert json.loads((run / "config.json").read_text())["flags"]["seed"] == 5
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_identity.main(["--resume", "--out_dir", str(run)])
+    names = contents(run).keys()
+    train_identity.main(["--resume", "--out_dir", str(run)])
+    assert contents(run).keys() > names  # what the new run wrote, stays
+
+
 # ---------------------------------------------------------------------------------------------
 # One run in a folder
 
@@ -142,6 +170,24 @@ def test_other_ranks_take_no_lock(run, holder, monkeypatch):
         pass
 
 
+def test_a_system_without_locks_or_hang_up_says_so(tmp_path, monkeypatch, capsys):
+    """Windows, as far as it can be played here."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    spec = importlib.util.find_spec("support.run_folder")
+    on_windows = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(on_windows)
+    args = SimpleNamespace(out_dir=tmp_path / "run", train_dir="t", valid_dir="v")
+    with on_windows.lock(args), on_windows.lock(args):
+        pass
+    assert capsys.readouterr().out.count(f"let no other run write to {tmp_path / 'run'}") == 2
+    assert not on_windows.catch_signals(1)
+    monkeypatch.setattr(os, "open", lambda *_: exec("raise PermissionError"))  # of a folder
+    checkpoints.save_text("text", tmp_path / "file.txt")
+    assert (tmp_path / "file.txt").read_text() == "text"
+
+
 def test_a_refused_run_leaves_no_folder(faces, tmp_path):
     assert "none.pth" in refused(flags(faces, tmp_path / "new", "--start", "none.pth"))
     assert list(tmp_path.iterdir()) == []
@@ -166,8 +212,11 @@ def test_pictures_of_others_are_not_written_over(faces, tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("the user's")
-    assert "--overwrite" in refused(flags(faces, tmp_path))
+    for more in ((), ("--overwrite",)):
+        assert f"{path} is not of this script" in refused(flags(faces, tmp_path, *more))
     assert contents(tmp_path) == {name: b"the user's"}
+    figures.save_image(Image.new("L", (1, 1)), path)  # of a run whose last.pt is gone
+    assert "--overwrite" in refused(flags(faces, tmp_path))
 
 
 def test_only_our_leftovers_go(run):
@@ -397,21 +446,25 @@ def test_nohup_keeps_a_run_from_hanging_up():
             signal.signal(number, handler)
 
 
-def test_ctrl_c_while_pytorch_is_imported_is_one_line():
-    process = subprocess.Popen([sys.executable, "-v", ROOT / "train_identity.py", "--help"],
+@pytest.mark.parametrize("script", ["train_identity", "evaluate", "prepare_celeba_hq",
+                                    "super_resolve", "ablation", "benchmark"])
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(script):
+    process = subprocess.Popen([sys.executable, "-v", ROOT / f"{script}.py", "--help"],
                                text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    next(line for line in process.stderr if line.startswith("import 'argparse'"))
+    next(line for line in process.stderr if line.startswith("import 'numpy'"))
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode == 130
     assert error.endswith("error: stopped by Ctrl-C\n") and "Traceback" not in error
 
 
-@pytest.mark.parametrize("script", ["train_identity.py", "evaluate.py", "prepare_celeba_hq.py"])
-def test_a_script_imports_first_what_heeds_ctrl_c(script):
-    first = next(line for line in (ROOT / script).read_text().splitlines()
-                 if line.startswith(("import ", "from ")))
-    assert first.startswith("import support ")
+@pytest.mark.parametrize("more, said", [([], "error: stopped by Ctrl-C\n"),
+                                        (["--multiprocessing-fork"], "")])
+def test_of_several_processes_the_first_speaks_of_ctrl_c(more, said):
+    command = "import support; support.stop_at_once(None, None)"
+    done = subprocess.run([sys.executable, "-c", command, *more], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert (done.returncode, done.stderr) == (130, said)
 
 
 def test_ctrl_c_at_the_start_is_one_line(capsys):

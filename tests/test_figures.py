@@ -1,5 +1,6 @@
 """figures.py on made-up tables and drawn faces; a warning of matplotlib's is an error."""
 
+import os
 import re
 from xml.etree import ElementTree
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageFont
 
 from data_utils import downscale, to_tensor
 from support import figures
+from support.cli import InputError
 from support.portraits import synthetic_portraits
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -154,6 +156,31 @@ def test_curves_png_replaces_the_old_one_whole(tmp_path):
     with pytest.raises(KeyError):
         figures.save_curves(table.drop(columns="PSNR"), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_each_picture_says_who_wrote_it_and_nothing_of_when(tmp_path, faces):
+    sweep = pd.DataFrame({"sweep": "shift", "value": [1, 1], "model": ["bicubic", "net"],
+                          **{f"{m}_gain": [0.0, 1.0] for m in ("psnr_y", "ssim", "cosine")}})
+    for save, subject in ((figures.save_image, faces[0]), (figures.save_sweep, sweep)):
+        for name in "ab":
+            save(subject, tmp_path / f"{name}.png")
+        figures.check_ours(tmp_path.iterdir())
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    figures.check_ours(ROOT.glob("results/*.png"))  # which evaluate.py and ablation.py replace
+    figures.check_ours([tmp_path / "none.png", tmp_path / f"{'a' * 300}.png"])
+
+
+def test_what_others_wrote_is_named(tmp_path, faces):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "empty.png").touch()
+    faces[0].save(tmp_path / "plain.png")
+    figures.save_image(faces[0], tmp_path / "ours.png")
+    Image.open(tmp_path / "ours.png").save(tmp_path / "edited.png")
+    for path in tmp_path.iterdir():
+        if path.name != "ours.png":
+            with pytest.raises(InputError, match=f"{path.name} is not of .* another --flag"):
+                figures.check_ours([tmp_path / "ours.png", path], "--flag")
 
 
 def test_labels_do_not_overlap_and_point_at_their_values():

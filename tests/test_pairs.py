@@ -1,5 +1,7 @@
 """Recognition against another photograph: LFW's protocol by hand and brute force, drawn people."""
 
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -190,6 +192,9 @@ def test_a_bad_list_is_named_with_its_line(tmp_path, text, said):
 
 
 def test_a_missing_list_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(InputError, match="--pairs .*pipe.txt: no text"):
+        read_pairs(tmp_path / "pipe.txt")
     with pytest.raises(InputError, match="--pairs .*none.txt: No such file"):
         read_pairs(tmp_path / "none.txt")
 

@@ -236,6 +236,19 @@ def test_a_stopped_run_goes_on(tmp_path, faces, monkeypatch):
     assert len(list(out.glob("DIV2K_train_HR/*.png"))) == 8
 
 
+def test_a_frame_that_was_edited_stays_as_it_is(tmp_path, faces):
+    source, out = save(tmp_path / "in", faces[:5]), tmp_path / "data"
+    prepare(source, out, 3, 2)
+    edited = sorted(out.glob("*/*.png"))[2]
+    Image.open(edited).rotate(180).save(edited)
+    before = edited.read_bytes()
+    with pytest.raises(InputError, match=f"{edited} is not the picture of manifest.csv any more"):
+        prepare(source, out, 3, 2)
+    assert edited.read_bytes() == before
+    edited.unlink()
+    prepare(source, out, 3, 2)
+
+
 def test_no_process_is_left_behind(tmp_path, faces, monkeypatch):
     """Threads do the work: a process that is killed would be waited for, or outlive its parent."""
     processes = []
@@ -267,6 +280,8 @@ def test_a_pipe_is_not_waited_for(tmp_path, faces):
     source = save(tmp_path / "in", faces[:3])
     os.mkfifo(source / "pipe.jpg")
     os.mkfifo(tmp_path / "identity.txt")
+    with pytest.raises(InputError, match="pipe.jpg: neither a folder nor a zip"):
+        prepare(source / "pipe.jpg", tmp_path / "data", 2, 1)
     prepare(source, tmp_path / "data", 2, 1)
     with pytest.raises(InputError, match="identity.txt"):
         prepare(source, tmp_path / "data", 2, 1, "--identity_file", str(tmp_path / "identity.txt"))

@@ -28,7 +28,7 @@ TINY = {
     "evaluate.py": ["--crop_size", "16", "--face_weights", "random", "--device", "cpu"],
     "ablation.py": ["--crop_size", "32", "--epochs", "1", "--batch_size", "4", "--vgg_weights",
                     "random", "--face_weights", "random", "--device", "cpu", "--gamma", "3",
-                    "--seeds", "0", "--warm_epochs", "1"],
+                    "--seeds", "0"],
     "benchmark.py": ["--batch_size", "2", "--crop_size", "32", "--rounds", "1", "--valid_images",
                      "2", "--device", "cpu"],
     "super_resolve.py": ["--device", "cpu"],

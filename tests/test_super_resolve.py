@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -203,14 +204,15 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(network, tmp_path,
     (tmp_path / "in/bad.jpg").write_bytes(b"no picture")
     (tmp_path / "empty").mkdir()
     save(picture(129, 4), tmp_path / "huge.png")
-    arguments = [tmp_path / name for name in ("missing.png", "in", "empty", "huge.png")]
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    arguments = [tmp_path / name for name in ("missing.png", "loop.png", "in", "empty", "huge.png")]
     with pytest.raises(SystemExit) as stop:
         run_script(lambda: run(network, tmp_path / "out", *arguments))
     assert stop.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    for name in ("missing.png", "bad.jpg", "empty", "huge.png"):
+    for name in ("missing.png", "loop.png", "bad.jpg", "empty", "huge.png"):
         assert sum(name in line for line in errors) == 1
-    assert len(errors) == 5  # and how many there were
+    assert len(errors) == 6  # and how many there were
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_sr.png"]
 
 
@@ -231,10 +233,54 @@ def test_names_never_collide(network, tmp_path):
         assert sum(close(result, expected) for result in results) == 1
     assert before == {name: (tmp_path / name).read_bytes() for name in names}
 
-    first = (tmp_path / "out/a_sr.png").read_bytes()
-    (tmp_path / "out/a_sr.png").write_bytes(b"of an earlier call")
-    run(network, tmp_path / "out", *inputs)
-    assert (tmp_path / "out/a_sr.png").read_bytes() == first
+
+def test_an_earlier_result_is_replaced_and_nothing_else(network, tmp_path, capsys):
+    names, out = ["a", "b", "c", "d", "e"], tmp_path / "out"
+    inputs = [save(picture(4, 4, seed), tmp_path / f"{name}.png")
+              for seed, name in enumerate(names)]
+    run(network, out, *inputs, "--compare")
+    results = {path.name: path.read_bytes() for path in out.iterdir()}
+    Image.open(out / "a_sr.png").rotate(90).save(out / "b_sr.png")  # touched up by hand
+    (out / "c_compare.png").write_bytes(b"the user's")
+    (out / "d_sr.png").unlink()
+    (out / "d_sr.png").symlink_to("a_sr.jpg")
+    (out / "e_sr.png").write_bytes(results["e_sr.png"][:200])  # ours, and damaged
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.exists()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: run(network, out, *inputs, "--compare"))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stop.value.code == 2 and len(errors) == 4
+    for name, line in zip(("b_sr.png", "c_compare.png", "d_sr.png"), errors):
+        assert line.startswith(f"error: {out / name} is not of this script and stays as it is")
+    assert before | {"e_sr.png": results["e_sr.png"]} == {
+        path.name: path.read_bytes() for path in out.iterdir() if path.exists()}
+    assert (out / "d_sr.png").is_symlink()
+
+
+def test_a_name_that_grows_too_long_is_named(network, tmp_path, capsys):
+    long = save(picture(4, 4), tmp_path / f"{'a' * 250}.png")
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: run(network, tmp_path / "out", long,
+                               save(picture(4, 4), tmp_path / "b.png")))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stop.value.code == 2 and len(errors) == 2
+    assert "a_sr.png: File name too long; shorten the name" in errors[0]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b_sr.png"]
+
+
+def test_names_of_any_bytes(network, tmp_path, monkeypatch, capsys):
+    """An older disk's names are Latin-1."""
+    names = [b"caf\xe9", b"r\xe9seau", "a\u2028b".encode()]
+    for name in names:
+        save(picture(4, 4), tmp_path / os.fsdecode(name + b".png"))
+    listed = b"\0".join(bytes(tmp_path / os.fsdecode(name)) + b".png" for name in names[1:])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed), encoding="utf-8"))
+    run_script(lambda: run(network, tmp_path / os.fsdecode(b"out\xe9"), "-",
+                           tmp_path / "caf\udce9.png", "--compare"))
+    assert "caf\\udce9_sr.png" in capsys.readouterr().out
+    assert {path.name for path in os.scandir(os.fsencode(tmp_path) + b"/out\xe9")} == {
+        name + end for name in names for end in (b"_sr.png", b"_compare.png")}
 
 
 def test_a_gif_is_its_first_frame_and_says_so(network, tmp_path, capsys):
@@ -271,7 +317,7 @@ def test_a_decoder_that_is_missing_is_named(network, tmp_path, monkeypatch, caps
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.setattr(features, "check", lambda feature: False)
     (tmp_path / f"a.{suffix}").write_bytes(b"no matter")
-    with pytest.raises(InputError, match="could not be used"):
+    with pytest.raises(InputError, match="not done"):
         run(network, tmp_path / "out", tmp_path / f"a.{suffix}", tmp_path / f"missing.{suffix}")
     first, second = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error")]
     assert f"a.{suffix}" in first and wanted in first
@@ -399,7 +445,7 @@ def test_a_photo_that_gains_nothing_is_not_written_unless_forced(network, tmp_pa
     run(network, tmp_path / "out", path, "--detect", "--force", "--upscale", "1")
     assert Image.open(tmp_path / "out/p_restored.png").size == (200, 200)
     monkeypatch.setattr(super_resolve, "MOST", 100)
-    with pytest.raises(InputError, match="could not be used"):
+    with pytest.raises(InputError, match="not done"):
         run(network, tmp_path / "out", path, "--detect", "--force")
     assert "p.png: 800x800 px would be too large" in capsys.readouterr().err
 

@@ -307,14 +307,14 @@ def test_the_default_recipe_is_what_help_says():
     trainer, _, _ = small_run("--alpha", "0")
     assert trainer.optimizerD.param_groups[0]["betas"] == (0.5, 0.999)
     assert trainer.optimizerG.param_groups[0]["betas"] == (0.9, 0.999)
-    assert trainer.max_ratio == 2 and training_step.EMA_DECAY == 0.999
+    assert trainer.max_ratio == 1 and training_step.EMA_DECAY == 0.999
     assert trainer.loss.gan_loss == "bce" and trainer.mixed_batches and trainer.stripe_filter
     assert trainer.average is not trainer.netG
     assert trainer.scheduleG.lr_lambdas[0](100) == pytest.approx(0.05)
     args = train_identity.parse([])
     assert (args.batch_size, args.lr, args.lr_d, args.pretrain_epochs) == (16, 4e-4, 2.5e-5, 75)
     for number in ("three quarters", "16 images", "4e-4", "a twentieth", "2.5e-5", "beta1 0.5",
-                   "twice as long", "every 4th step"):
+                   "at most as long", "every 4th step"):
         assert any(number in why for why in train_identity.DEPARTURES.values()), number
 
 
@@ -361,6 +361,19 @@ def test_a_whole_number_of_the_benchmark_names_its_flag():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without CUDA")
+def test_the_benchmark_replaces_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "benchmark", lambda args: {})
+    monkeypatch.setattr(benchmark, "report", lambda result: "")
+    path = tmp_path / "face.jpg"
+    path.write_bytes(b"the user's")
+    with pytest.raises(InputError, match=f"--json {path}: .* stays"):
+        benchmark.main(["--json", str(path)])
+    assert path.read_bytes() == b"the user's"
+    for _ in range(2):
+        benchmark.main(["--json", str(tmp_path / "bench.json")])
+    assert (tmp_path / "bench.json").read_text() == "{}\n"
+
+
 def test_the_benchmark_names_the_flag_that_asks_for_cuda():
     with pytest.raises(InputError, match="--device cuda"):
         benchmark.main(["--device", "cuda"])
@@ -1043,9 +1056,15 @@ def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch):
     """It replaces the demo before it, so it must never be in the folder of a run."""
     monkeypatch.setattr(demo, "synthetic_portraits", lambda n, size, seed: np.zeros(
         (1, size, size, 3), np.uint8))
-    trained = []
+    trained, users = [], tmp_path / "demo" / "data" / "valid" / "000.png"
     monkeypatch.setattr(train_identity, "train", trained.append)
     monkeypatch.setattr(evaluate, "main", lambda argv: None)
+    users.parent.mkdir(parents=True)
+    users.write_bytes(b"the user's")
+    with pytest.raises(InputError, match=f"{users} is not of"):
+        train_identity.main(["--demo", "--out_dir", str(tmp_path)])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [users]
+    users.unlink()
     train_identity.main(["--demo", "--out_dir", str(tmp_path)])
     assert Path(trained[0].out_dir) == tmp_path / "demo" and trained[0].overwrite
     assert (trained[0].lr, trained[0].pretrain_epochs) == (1e-4, 4)  # not --start's rate
