@@ -218,8 +218,9 @@ def save_curves(table, path):
         "Cosine": ("cosine of face embeddings", {"frames": "Cosine", "crops": "Cosine_crop"},
                    ".4f"),
     }
-    figure, axes = panels([["loss"] * 3 + ["D"] * 3, ["PSNR"] * 2 + ["SSIM"] * 2 + ["Cosine"] * 2],
-                          (13, 7), {name: title for name, (title, _, _) in shown.items()})
+    # each row a grid of its own: of panels that span columns, matplotlib 3.10 cuts the labels
+    figure, axes = panels([[[["loss", "D"]]], [[["PSNR", "SSIM", "Cosine"]]]], (13, 7),
+                          {name: title for name, (title, _, _) in shown.items()})
     axes["loss"].set_yscale("log")
     axes["D"].set_ylim(-0.03, 1.03)
     epochs = table["Epoch"].to_numpy()

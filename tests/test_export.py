@@ -111,7 +111,7 @@ def test_a_file_of_another_kind_is_not_replaced(network, tmp_path, monkeypatch, 
 
 
 def test_versions_that_do_not_go_together_are_named(network, tmp_path, monkeypatch):
-    """As torch 2.6 with onnxscript 0.3: no full disk."""
+    """As torch 2.9 with onnxscript 0.6: no full disk."""
     pytest.importorskip("onnx")
     onnxscript = pytest.importorskip("onnxscript")
 
