@@ -16,10 +16,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -29,6 +32,7 @@ from data_utils import CROPS, TrainDatasetFromFolder, ValidDatasetFromFolder
 from loss_identity import adversarial_loss, embed, fake_loss, pixel_loss, real_loss
 from support import checkpoints, figures
 from support.cli import InputError, Parser, positive, run_script
+from support.fast_layers import PReLU
 from support.machine import PRECISIONS, choose_device, keep_freed_memory, set_up_machine
 from support.portraits import synthetic_portraits
 
@@ -136,14 +140,57 @@ def step_flop(trainer, lr, hr):
     networks forward and back to the image (2), their targets being kept.
     """
     total = 0
-    for passes, function in (
-            (3, lambda: plain_generator(trainer.netG, lr)),
-            (8 if trainer.mixed_batches else 7, lambda: trainer.netD(hr)),
-            (2, lambda: trainer.loss.vgg(hr)), (2, lambda: embed(trainer.face_network, hr))):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        total += passes * counter.get_total_flops()
+    with trainer.autocast():  # which the frozen networks need
+        for passes, function in (
+                (3, lambda: plain_generator(trainer.netG, lr)),
+                (8 if trainer.mixed_batches else 7, lambda: trainer.netD(hr)),
+                (2, lambda: trainer.loss.vgg(hr)), (2, lambda: embed(trainer.face_network, hr))):
+            with FlopCounterMode(display=False) as counter:
+                function()
+            total += passes * counter.get_total_flops()
     return total
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that work on data, each of which a GPU has to be asked for.
+
+    Views, allocations and marks for the profiler are none. That is a lower bound of the kernels:
+    some operators, such as a convolution in another layout, launch more than one.
+    """
+
+    FREE = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::as_strided_")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, returns = function.name(), function._schema.returns
+        view = any(value.alias_info and not value.alias_info.is_write for value in returns)
+        self.count += name.startswith("aten::") and not view and not name.startswith(self.FREE)
+        return function(*args, **(kwargs or {}))
+
+
+def step_launches(trainer, lr, hr):
+    """{kind of step: its launches, the updates included}, as a GPU has them.
+
+    What only a CPU does to save memory and time is left out: parts of a batch, upsampling computed
+    again, its own PReLU. The networks and optimisers take these steps.
+    """
+    trainer.netG.train()
+    trainer.netD.train()
+    with trainer.autocast():
+        targets = trainer.loss.targets(hr)
+    launches = {}
+    with (mock.patch.multiple(trainer, chunk=len(hr), checkpoint_chunk=None),
+          mock.patch.object(PReLU, "forward", nn.PReLU.forward)):
+        for kind, gan, perceptual in (("pixel", False, False), ("GAN", True, False),
+                                      ("perceptual", False, True)):
+            with Launches() as counter:
+                training_step.train_step(trainer, lr, hr, targets, gan, perceptual)
+                training_step.apply_updates(trainer, gan)
+            launches[kind] = counter.count
+    return launches
 
 
 def step_parts(trainer, lr, hr, targets):
@@ -241,6 +288,7 @@ def worker(role, flags, folder, pipe):
         device, _, _ = set_up_machine(flags.device)
     else:
         device = choose_device(flags.device)
+        flags.precision = "fp32"
     trainer = training_step.build_trainer(flags, device, 1)
     layout = torch.channels_last if project else torch.contiguous_format
     for network in (trainer.netG, trainer.netD, trainer.loss.vgg, trainer.face_network):
@@ -265,6 +313,8 @@ def worker(role, flags, folder, pipe):
                                 for precision in {"fp32", flags.precision}},
         "precision": lambda: flags.precision,  # build_trainer has put the machine's for auto
         "flop": lambda: step_flop(trainer, lr[:1], hr[:1]),
+        # as many for a few images as for all
+        "launches": lambda: step_launches(trainer, lr[:4], hr[:4]),
         "parts": lambda: {name: in_training(part) for name, part in functions["parts"]().items()},
         # on Linux ru_maxrss is in KiB
         "memory": lambda: (torch.cuda.max_memory_allocated() if device.type == "cuda" else
@@ -346,6 +396,7 @@ def benchmark(args):
         result["data_images_per_second"] = ask(project, "data path")
         parts = [ask(project, "parts") for _ in range(2)]
         result["gflop_per_image"] = ask(project, "flop") / 1e9
+        result["launches_per_step"] = ask(project, "launches")
         for pipe in pipes.values():
             pipe.send(None)
         for process in processes:
@@ -394,6 +445,8 @@ def report(result):
         lines.append(f"in {result['precision']} a large convolution reaches "
                      f"{result['convolution_own_precision_gflop_per_second']:.0f}: "
                      f"{result['own_precision_conv_fraction']:.0%}")
+    lines.append("launches of a step: " + ", ".join(
+        f"{kind} {count}" for kind, count in result["launches_per_step"].items()))
     parts = result["parts_seconds_per_image"]
     lines.append("seconds per image: " + ", ".join(f"{k} {v:.4f}" for k, v in parts.items()))
     return "\n".join(lines)
