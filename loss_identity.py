@@ -149,6 +149,17 @@ def embed(face_network, images):
     return face_network(faces * 2 - 1)
 
 
+def cast_once(network, dtype):
+    """Hold a frozen network's convolutions and matrices in `dtype`, that of autocast, in place.
+
+    Autocast would cast these weights anew at every call. The result is the same to the bit, but
+    without autocast such a network no longer runs.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
+
+
 def _frozen(network, label):
     network.label = label
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)

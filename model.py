@@ -144,4 +144,4 @@ def remove_stripes_(weight):
     signs = torch.ones(weight.shape[-1], device=weight.device, dtype=weight.dtype)
     signs[1::2] = -1
     for axis, line in ((-1, signs), (-2, signs[:, None])):
-        weight -= (weight * line).sum(axis, keepdim=True) * line / len(signs)
+        weight.addcmul_((weight * line).mean(axis, keepdim=True), line, value=-1)

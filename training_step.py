@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loss_identity import (
     GeneratorLoss,
     adversarial_loss,
+    cast_once,
     fake_loss,
     load_face_network,
     load_vgg,
@@ -26,7 +27,7 @@ from loss_identity import (
 from model import Discriminator, Generator, probability, remove_stripes_
 from support import checkpoints
 from support.cli import InputError, log
-from support.machine import autocast, fast_precision, release_memory
+from support.machine import PRECISIONS, autocast, fast_precision, release_memory
 
 # What each step logs, in this order; nan where a step left a term out.
 LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "score_g", "ratio")
@@ -56,7 +57,9 @@ def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_wei
     before trainer.max_ratio bounds it.
     """
     loss, logged = trainer.loss, {}
-    scale = trainer.scaler.scale(torch.ones((), device=lr.device))  # get_scale() waits for a GPU
+    scale = 1.0
+    if trainer.scaler.is_enabled():  # get_scale() would wait for a GPU
+        scale = trainer.scaler.scale(torch.ones((), device=lr.device))
     with trainer.autocast():
         # D's activations and the generator's do not fit into memory together
         sr_graph = trainer.ddpG(lr, trainer.checkpoint_chunk if with_gan else None)
@@ -74,7 +77,7 @@ def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_wei
         logged["ratio"] = (squares[0] / squares[1].clamp_min(1e-24)).sqrt()
         if trainer.max_ratio:  # a D that wins would drown the other terms
             grad_sr *= (trainer.max_ratio / logged["ratio"]).clamp_max(1)
-        gradient += interval_weight * grad_sr
+        gradient.add_(grad_sr, alpha=interval_weight)
 
     if with_perceptual and (loss.alpha or loss.gamma):
         trainer.release_memory()
@@ -83,12 +86,13 @@ def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_wei
                 sr.detach(), targets, trainer.chunk, scale)
         logged |= {"content": content} if loss.alpha else {}
         logged |= {"identity": identity} if loss.gamma else {}
-        gradient += interval_weight * grad_sr
+        gradient.add_(grad_sr, alpha=interval_weight)
 
-    sr_graph.backward(gradient * scale)
+    sr_graph.backward(trainer.scaler.scale(gradient))
     # nan marks a term that this step left out, so a term that has become nan is noted as inf
+    left_out = sr.new_full((), math.nan)
     return torch.stack([logged[name].detach().float().nan_to_num(math.inf, math.inf, math.inf)
-                        if name in logged else sr.new_full((), math.nan) for name in LOGGED])
+                        if name in logged else left_out for name in LOGGED])
 
 
 def discriminator_step(trainer, sr, hr, logged, scale):
@@ -98,31 +102,30 @@ def discriminator_step(trainer, sr, hr, logged, scale):
     the fakes serves both sides (see `discriminator_batches`). scale: a GradScaler's, which D's
     gradients keep and the result does not.
     """
-    kind, grad_sr = trainer.loss.gan_loss, torch.zeros_like(sr)
-    logged |= {name: sr.new_zeros(()) for name in ("adversarial", "loss_d", "score_d", "score_g")}
+    kind, logits, gradients = trainer.loss.gan_loss, [], []
     passes = discriminator_batches(trainer.mixed_batches, hr, sr)
     for number, (real, fake) in enumerate(passes, 1):
         alone = trainer.ddpD is trainer.netD
         # several processes exchange the gradients once, with those of the last pass
         with nullcontext() if alone or number == len(passes) else trainer.ddpD.no_sync():
             with trainer.autocast():
-                real_logits, fake_logits = trainer.ddpD(torch.cat([real, fake])).split(
+                of_real, of_fake = trainer.ddpD(torch.cat([real, fake])).split(
                     [len(real), len(fake)])
-            loss_d = sr.new_zeros(())
+            loss_d = 0.0
             if len(real):
-                part = len(real) / len(hr)
-                loss_d += real_loss(kind, real_logits) * part
-                logged["score_d"] += probability(real_logits.detach().float()).mean() * part
+                loss_d += real_loss(kind, of_real) * (scale * (len(real) / len(hr)))
             if len(fake):
-                part = len(fake) / len(sr)
-                adversarial = adversarial_loss(kind, fake_logits) * part
-                grad_sr += torch.autograd.grad(adversarial * scale, sr, retain_graph=True)[0]
-                loss_d += fake_loss(kind, fake_logits) * part
-                logged["adversarial"] += adversarial.detach()
-                logged["score_g"] += probability(fake_logits.detach().float()).mean() * part
-            (loss_d * scale).backward(inputs=trainer.parametersD)
-        logged["loss_d"] += loss_d.detach()
-    return grad_sr * (trainer.loss.beta / scale)
+                part = scale * (len(fake) / len(sr))
+                gradients += torch.autograd.grad(adversarial_loss(kind, of_fake) * part, fake,
+                                                 retain_graph=True)
+                loss_d += fake_loss(kind, of_fake) * part
+            loss_d.backward(inputs=trainer.parametersD)
+        logits.append((of_real.detach().float(), of_fake.detach().float()))
+    of_real, of_fake = map(torch.cat, zip(*logits))
+    logged |= {"adversarial": adversarial_loss(kind, of_fake),
+               "loss_d": real_loss(kind, of_real) + fake_loss(kind, of_fake),
+               "score_d": probability(of_real).mean(), "score_g": probability(of_fake).mean()}
+    return torch.cat(gradients) * (trainer.loss.beta / scale)
 
 
 def discriminator_batches(mixed, hr, sr):
@@ -289,6 +292,8 @@ def build_trainer(args, device, steps_per_epoch, world=1):
     if args.precision == "auto":
         args.precision = fast_precision(device)  # noted with the flags: part of what the run is
     trainer.autocast = autocast(device, args.precision)
+    for network in [trainer.face_network] + [vgg] * bool(args.alpha):
+        cast_once(network, PRECISIONS[args.precision])
     trainer.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     trainer.scaler.scale(torch.zeros((), device=device))  # makes its factor when first used
     # A CPU frees activations that it has done with; a GPU wants the whole batch. Sixteen images in

@@ -47,7 +47,7 @@ class SubPixelConv2d(nn.Conv2d):
     def forward(self, x):
         """x: (N, 4C, H, W), the input before its pixel shuffle -> (N, out, 2H, 2W)."""
         phases = [F.pad(self.weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
-        # each (out, C, 10, 10) -> (out, 4C, 5, 5); the phase is the minor output index
-        weight = torch.stack([F.pixel_unshuffle(w, 2) for w in phases], dim=1).flatten(0, 1)
+        # each (out, C, 10, 10), together (4 out, 4C, 5, 5); the phase is the minor output index
+        weight = F.pixel_unshuffle(torch.stack(phases, dim=1).flatten(0, 1), 2)
         weight = weight.contiguous(memory_format=torch.channels_last)
         return F.pixel_shuffle(F.conv2d(x, weight, self.bias.repeat_interleave(4), padding=2), 2)

@@ -97,8 +97,10 @@ def small_run(*more):
         ["--crop_size", "32", "--batch_size", "4", "--vgg_weights", "random", "--face_weights",
          "random", "--device", "cpu", "--precision", "fp32", "--gamma", "3", *more])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_step, "load_vgg", load_vgg)
-        patch.setattr(training_step, "load_face_network", load_face_network)
+        # copies: a trainer in bf16 casts its own
+        patch.setattr(training_step, "load_vgg", lambda weights: deepcopy(load_vgg(weights)))
+        patch.setattr(training_step, "load_face_network",
+                      lambda weights: deepcopy(load_face_network(weights)))
         trainer = training_step.build_trainer(args, torch.device("cpu"), 1)
     trainer.netG.train()
     trainer.netD.train()
@@ -162,6 +164,46 @@ def test_low_precision_takes_nearly_the_same_step(precision):
         assert torch.cosine_similarity(a, b, dim=0) > 0.95
         length = (a.norm() / b.norm() / fast.scaler.get_scale()).item()
         assert length == pytest.approx(1, abs=0.05)
+
+
+def test_frozen_networks_are_cast_once():
+    """Not in every step, and with the same result to the bit."""
+    run, _, hr = small_run("--precision", "bf16")
+    plain, _, _ = small_run("--precision", "fp32")
+    with run.autocast():
+        for ours, theirs in zip(run.loss.targets(hr), plain.loss.targets(hr)):
+            assert torch.equal(ours, theirs)
+    for network in (run.loss.vgg, run.face_network):
+        layers = [m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+        assert {m.weight.dtype for m in layers} == {torch.bfloat16}
+
+
+def test_launches_are_counted_by_hand():
+    a, b, w = torch.ones(2, 3), torch.ones(3, 4), torch.ones(5, requires_grad=True)
+
+    def tiny():
+        x = torch.empty(2, 3).copy_(a)          # 1: an allocation is none
+        y = (x @ b).t()[1:].unsqueeze(0)        # 1: views are none
+        torch._foreach_add_([x, y], 1)          # 1: two tensors at once
+        torch.cat(y.split(2, 1), 1)             # 1
+        torch.autograd.grad((3 * w).sum(), w)   # 4: product, sum, a one, product
+
+    with benchmark.Launches() as counter:
+        tiny()
+    assert counter.count == 8
+
+
+def test_no_step_launches_more_than_it_has_to():
+    """The figures are those of results/EXPERIMENTS.md, of which BatchNorm's counters 11 and 25."""
+    run, lr, hr = small_run()
+    training_step.train_step(run, lr, hr, None, True, False)
+    training_step.apply_updates(run, True)  # makes the optimisers' moments
+    before = run.chunk, run.checkpoint_chunk
+    launches = benchmark.step_launches(run, lr, hr)
+    assert list(launches) == ["pixel", "GAN", "perceptual"]
+    for count, most in zip(launches.values(), (151, 466, 938)):
+        assert 0.9 * most < count <= most, launches
+    assert (run.chunk, run.checkpoint_chunk) == before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is managed otherwise")
