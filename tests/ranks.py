@@ -77,6 +77,10 @@ def save_step(rank, folder, without, device="cpu"):
     dist.destroy_process_group()
 
 
+def train(rank, argv):
+    train_identity.main(argv)
+
+
 def train_and_save_always(argv):
     """A run that writes last.pt after every step."""
     run_folder.SAVE_MINUTES = 0

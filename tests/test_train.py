@@ -1170,7 +1170,7 @@ def torchrun(*argv):
             "--master_port", str(random.randint(20000, 40000)), ROOT / "train_identity.py", *argv]
 
 
-def test_two_processes_learn_what_one_learns(faces, tmp_path, monkeypatch):
+def test_two_processes_learn_what_one_learns(faces, tmp_path):
     """With one photograph throughout, BatchNorm sees the same statistics on both ranks."""
     picture = (faces / "train" / "0.png").read_bytes()
     (tmp_path / "train").mkdir()
@@ -1179,10 +1179,8 @@ def test_two_processes_learn_what_one_learns(faces, tmp_path, monkeypatch):
     (tmp_path / "valid").symlink_to(faces / "valid")
     one, two = (flags(tmp_path, tmp_path / name, "--without", "flips", "lazy", "--crop", "center",
                       "--save_every", "1", "--batch_size", "4") for name in ("one", "two"))
-    monkeypatch.setattr(training_step, "load_face_network", load_face_network)  # as the two do
     train_identity.main(one)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(torchrun(*two), check=True, env=environment, timeout=120)
+    ranks.on_two_ranks(ranks.train, two)
     a, b = (pd.read_csv(tmp_path / name / "train_results.csv") for name in ("one", "two"))
     columns = ["Loss_D", "Loss_G", "Score_D", "Score_G", "PSNR", "SSIM", "Cosine", "Pixel",
                "Identity", "D_accuracy"]
