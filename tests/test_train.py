@@ -1163,11 +1163,6 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
 # Several processes
 
 
-def torchrun(*argv):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-            "--master_port", str(random.randint(20000, 40000)), ROOT / "train_identity.py", *argv]
-
-
 def test_two_processes_learn_what_one_learns(faces, tmp_path):
     """With one photograph throughout, BatchNorm sees the same statistics on both ranks."""
     picture = (faces / "train" / "0.png").read_bytes()
@@ -1230,8 +1225,8 @@ def test_a_rank_that_dies_ends_the_job(faces, tmp_path):
         "    step(run, with_gan)\n"
         "training_step.apply_updates = dies\n"
         "train_identity.main(sys.argv[1:])\n")
-    command = [str(script) if part == ROOT / "train_identity.py" else part
-               for part in torchrun(*flags(faces, tmp_path / "run"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                "--master_port", str(random.randint(20000, 40000))]
+    done = subprocess.run([*torchrun, script, *flags(faces, tmp_path / "run")], timeout=120,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode != 0 and "exitcode" in done.stderr
