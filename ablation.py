@@ -42,6 +42,7 @@ OWN_FLAGS = ("--out_dir", "--preset", "--alpha", "--beta", "--seed", "--num_epoc
 LOGGED = {"psnr_y": "PSNR", "ssim": "SSIM", "cosine": "Cosine", "d_accuracy": "D_accuracy"}
 TITLES = {"psnr_y": "PSNR-Y (dB)", "ssim": "SSIM", "cosine": "cosine", "d_accuracy": "D accuracy"}
 BLEND = [step / 10 for step in range(11)]  # weights of identity against visual
+RATE = 1e-4  # the report's; a new generator's 4e-4 would first undo what the start has learnt
 
 # ---------------------------------------------------------------------------------------------
 # Training
@@ -102,7 +103,7 @@ def train_all(args, training, data, again):
 
     training: flags of train_identity.py that all runs share.
     """
-    lr = str(train_identity.parse(training).lr)  # not --start's own
+    lr = str(train_identity.parse(["--lr", str(RATE), *training]).lr)
     runs = {}
     for seed in args.seeds:  # one whole comparison after the other
         for name, flags in configurations(args.gamma).items():
@@ -306,7 +307,8 @@ def parse(argv=None):
     parser = Parser(
         description="Train the report's weightings from one generator with the same seeds and\n"
                     "batches, and compare them. Every other flag goes to train_identity.py, for\n"
-                    "all runs alike: --train_dir, --batch_size, --lr, --without, --device, ...",
+                    "all runs alike: --train_dir, --batch_size, --lr, --without, --device, ...\n"
+                    f"Unless --lr says another, the learning rate begins at {RATE:g}.",
         allow_abbrev=False, epilog="example: python ablation.py --gamma 3 10 --seeds 0 1")
     add = parser.add_argument_group("what").add_argument
     add("--gamma", nargs="*", type=float, default=[0.05, 1, 3],

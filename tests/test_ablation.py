@@ -156,14 +156,14 @@ def test_without_a_flag_it_is_the_whole_study(done, tmp_path, monkeypatch):
     shipped = str(checkpoints.shipped_generator("pixel"))
     assert [s.out_dir for s in settings] == [*map(str, runs.values())]
     assert {(s.start, s.num_epochs, s.pretrain_epochs, s.lr) for s in settings} == {
-        (shipped, 15, 0, 4e-4)}  # not the rate of --start
+        (shipped, 15, 0, 1e-4)}  # the rate of the ablation, not of --start
     assert [s.gamma for s in settings[:6]] == [0, 0.006, 0.6, 0.05, 1, 3]
 
 
 @pytest.mark.parametrize("more, said", [
     (["--epochs", "3"], "--num_epochs 2 -> 3"),
     (["--epochs", "1"], "--num_epochs 2 -> 1"),
-    (["--lr", "0.1"], "--lr 0.0004 -> 0.1"),
+    (["--lr", "0.1"], "--lr 0.0001 -> 0.1"),
     (["--train_dir", "OTHER"], "the photographs"),
     (["--start", "runs/baseline_seed1/netG_epoch_2_2.pth"], "the generator that it starts from"),
 ])
