@@ -135,13 +135,13 @@ def remove_stripes_(weight):
     """Make a convolution blind to lines that alternate from pixel to pixel, in place.
 
     weight: (..., k, k). Projects each kernel onto those whose response at half the sampling rate
-    is zero, along the rows and along the columns: the kernels that are a 2x2 mean followed by
-    something smaller (Sugawara et al. 2018, "Super-resolution using convolutional neural networks
-    without any checkerboard artifacts"). Whatever comes in, what comes out has no part at exactly
-    that rate, but for the zeros beyond the border. The gradients of VGG16 and InceptionResnetV1,
-    both full of strides of two, ask for such lines.
+    (the Nyquist frequency) is zero, along the rows and along the columns: the kernels that are a
+    2x2 mean followed by something smaller (Sugawara et al. 2018, "Super-resolution using
+    convolutional neural networks without any checkerboard artifacts"). Whatever comes in, what
+    comes out has no part at exactly that rate, but for the zeros beyond the border. The gradients
+    of VGG16 and InceptionResnetV1, both full of strides of two, ask for such lines.
     """
     signs = torch.ones(weight.shape[-1], device=weight.device, dtype=weight.dtype)
-    signs[1::2] = -1
+    signs[1::2].fill_(-1)  # an assignment would fill from a tensor of the CPU
     for axis, line in ((-1, signs), (-2, signs[:, None])):
         weight.addcmul_((weight * line).mean(axis, keepdim=True), line, value=-1)
