@@ -10,7 +10,8 @@ import numpy as np
 
 from support.cli import InputError
 
-RESAMPLES = 1_000  # of people; each costs a look at all impostor pairs
+RESAMPLES = 1_000  # of people
+PAIRS = 5e8        # to look at in all resamples together, of which there are fewer on larger sets
 
 
 def similarity(probes, gallery, by_distance=False, paired=False):
@@ -67,16 +68,18 @@ def identification(scores, person_of_probe):
     return level.sum(1) - np.isfinite(genuine)
 
 
-def recognition(scores, person_of_probe=None, fars=(0.01,), seed=0, resamples=RESAMPLES):
+def recognition(scores, person_of_probe=None, fars=(0.01,), seed=0, resamples=None):
     """Rates of probes against a gallery with one face of each person.
 
     scores: (n, m) similarities; person_of_probe: (n,), the column of each probe's own person, the
     row's number if not given. -> {rate: (value, low, high)} with 95 % bootstrap intervals:
     "rank1" and "rank5", the identification rates; "auc" and "tar_at_far_1" (per cent), of all n m
     pairs. People are drawn again as probes and in impostor pairs, with their threshold; for the
-    ranks the gallery stays, as one of fewer people would be easier.
+    ranks the gallery stays, as one of fewer people would be easier. resamples: RESAMPLES, or
+    fewer where that would take minutes, but at least 200.
     """
     n, m = scores.shape
+    resamples = resamples or max(200, min(RESAMPLES, int(PAIRS / (n * m))))
     person = np.arange(n) if person_of_probe is None else np.asarray(person_of_probe)
     rank = identification(scores, person)
     is_genuine = person[:, None] == np.arange(m)

@@ -1,6 +1,7 @@
 """Recognition against another photograph: LFW's protocol by hand and brute force, drawn people."""
 
 import os
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ def test_holm_by_hand():
     assert statistics.holm([]).shape == (0,)
 
 
-def test_the_p_value_agrees_with_the_interval_and_with_the_normal_one():
+def test_the_p_value_agrees_with_the_interval_and_with_the_normal_one_of_many_values():
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(200)
     noise = (noise - noise.mean()) / noise.std()
@@ -39,7 +40,25 @@ def test_the_p_value_agrees_with_the_interval_and_with_the_normal_one():
         low, high = statistics.bootstrap(values)
         assert (p < 0.05) == (low > 0 or high < 0)
     assert statistics.p_value(np.zeros(5)) == 1
-    assert 0 < statistics.p_value(np.ones(5)) < 0.001
+    assert 0 < statistics.p_value(np.ones(50)) < 0.001
+
+
+@pytest.mark.parametrize("values", [[0.1], [1, 1, 1, 1, 1], [3, 1, -2, 0.5, 4, 2]])
+def test_the_p_value_of_few_values_is_that_of_all_signs(values):
+    values = np.array(values)
+    means = [abs(np.mean(values * signs)) for signs in product((-1, 1), repeat=len(values))]
+    expected = np.mean([mean >= abs(values.mean()) - 1e-12 for mean in means])
+    assert statistics.p_value(values) == pytest.approx(expected, abs=0.02)
+    assert np.isnan(statistics.bootstrap(values[:1])).all()  # one value shows no spread
+
+
+def test_few_values_of_noise_are_seldom_a_finding():
+    """A bootstrap finds one in 15 % of all cases of five values, in half of all cases of two."""
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 12):
+        found = [statistics.p_value(rng.standard_normal(n), resamples=1000) < 0.05
+                 for _ in range(300)]
+        assert np.mean(found) < 0.08
 
 
 # ---------------------------------------------------------------------------------------------
@@ -296,6 +315,30 @@ def test_what_a_judge_of_distances_does_not_see_is_left_out():
     with pytest.raises(InputError, match="--judge dlib"):
         evaluate.score_pairs(references, references, True, pairs[:1], person[pairs][:1],
                              np.zeros(1), 0)
+    references[2:] = np.nan  # of nobody two photographs
+    with pytest.raises(InputError, match="--judge dlib: finds no person's face in two"):
+        evaluate.score_gallery(references[1:], references[1:], True, person[1:], 0)
+
+
+def test_people_of_whom_no_pair_is_left_are_not_drawn(monkeypatch):
+    person = np.repeat(np.arange(6), 2)
+    references = np.eye(6)[person]
+    references[[2, 3, 6, 7]] = np.nan
+    pairs = np.array([[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11], [0, 4], [8, 10]])
+    drawn = []
+    monkeypatch.setattr(evaluate, "pair_rates", lambda scores, people, fold, seed: (
+        drawn.append(people.tolist()) or {}))
+    evaluate.score_pairs(references, references, True, pairs, person[pairs], np.arange(8) % 2, 0)
+    assert drawn == [[[0, 0], [1, 1], [2, 2], [3, 3], [0, 1], [2, 3]]]
+
+
+def test_a_large_gallery_does_not_take_hours(monkeypatch):
+    asked = []
+    monkeypatch.setattr(verification, "with_intervals",
+                        lambda names, rates, n, seed, resamples: asked.append(resamples))
+    for n in (100, 1200, 3000):
+        recognition(np.zeros((n, n), np.float16))
+    assert asked[0] == 1000 and asked[2] == 200 < asked[1] < 1000
 
 
 def test_people_that_cannot_be_compared_are_named(people, tmp_path, tiny):
@@ -312,3 +355,16 @@ def test_people_that_cannot_be_compared_are_named(people, tmp_path, tiny):
     with pytest.raises(InputError, match="--gallery .*two or more photographs of somebody"):
         evaluate.main(["--gallery", str(tmp_path / "single"), *rest])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [["--shift", "1"], ["--scale", "0.5"], ["--export_lr", "lr"]])
+def test_what_people_are_not_measured_with_is_refused(people, tmp_path, tiny, more):
+    with pytest.raises(InputError, match=f"{more[0]}: leave it out beside --pairs and --gallery"):
+        evaluate.main(["--gallery", str(people / "faces"), "--device", "cpu", "--out_dir",
+                       str(tmp_path / "out"), *more])
+
+
+def test_results_lie_among_the_photographs_of_neither(people, tmp_path, tiny):
+    with pytest.raises(InputError, match="lies in --data_dir .*among photographs"):
+        evaluate.main(["--data_dir", str(people / "faces"), "--pairs", str(people / "pairs.txt"),
+                       "--gallery", str(tmp_path), "--out_dir", str(people / "faces" / "out")])
