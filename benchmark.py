@@ -272,11 +272,12 @@ def data_path(folder, flags, device):
     for mode in CROPS:
         dataset = TrainDatasetFromFolder(folder, flags.crop_size, flags.upscale_factor, mode,
                                          flips=True)
+        batches = [[*range(len(dataset))][i:i + 16] for i in range(0, len(dataset), 16)]
 
-        def epochs(dataset=dataset):
+        def epochs(dataset=dataset, batches=batches):
             for epoch in range(16):
                 dataset.set_epoch(epoch)
-                for _ in dataset.batches(torch.arange(len(dataset)).split(16), device):
+                for _ in dataset.batches(batches, device):
                     pass
 
         epochs()
@@ -323,9 +324,10 @@ def worker(role, flags, folder, pipe):
         # as many for a few images as for all
         "launches": lambda: step_launches(trainer, lr[:4], hr[:4]),
         "parts": lambda: {name: in_training(part) for name, part in functions["parts"]().items()},
-        # on Linux ru_maxrss is in KiB
+        # ru_maxrss is in bytes on macOS, in KiB elsewhere
         "memory": lambda: (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-                           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30,
+                           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                           * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30,
     }
     with suppress(EOFError, BrokenPipeError):
         while question := pipe.recv():

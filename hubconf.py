@@ -1,4 +1,4 @@
-"""torch.hub's door to the shipped generator; a clone needs no network.
+"""torch.hub's entry point: the shipped generator; a clone needs no network.
 
     import torch
     from PIL import Image
@@ -8,7 +8,7 @@
     to_pil_image(generator(face)[0].detach()).save("out.png")
 """
 
-dependencies = ["torch", "numpy"]
+dependencies = ["torch", "tqdm"]
 
 
 def face_sr_8x():
