@@ -39,6 +39,10 @@ def run_script(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, of a GPU
+            print("error: the GPU has too little free memory; take a smaller --batch_size, or "
+                  "--device cpu", file=sys.stderr)
+            sys.exit(2)
         if "DataLoader worker" not in str(error):  # PyTorch says so wherever the script is
             raise
         print("error: a process that decodes photographs was killed, perhaps for want of memory; "
@@ -67,7 +71,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises InputError for a bad flag: one line, without all flags before it."""
 
     def __init__(self, formatter_class=HelpFormatter, **how):
-        super().__init__(formatter_class=formatter_class, **how)
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **how)
 
     def error(self, message):
         raise InputError(f"{message} (--help lists all flags)")
@@ -170,8 +174,8 @@ def check_out_dir(out_dir, own="--out_dir", **folders):
 def check_named(flag, path, suffix):
     """Raise InputError if a flag names a file that is there and is not of the kind to write."""
     if os.path.lexists(path) and Path(path).suffix.lower() != suffix:
-        raise InputError(f"{flag} {path}: this file stays as it is, being no {suffix}; choose a "
-                         f"new name, or one that ends in {suffix}")
+        raise InputError(f"{flag} {path}: exists and is no {suffix} file, so it is not "
+                         f"overwritten; choose a new name, or one that ends in {suffix}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -33,7 +33,10 @@ def set_up_machine(name):
     world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these three
     rank = int(os.environ.get("RANK", 0))
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        place, n = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= n:
+            raise InputError(f"--nproc_per_node: more processes than GPUs, of which there are {n}")
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     else:

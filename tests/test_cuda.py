@@ -28,6 +28,7 @@ import training_step
 from data_utils import TrainDatasetFromFolder, to_pairs
 from model import Generator
 from support import checkpoints, figures, machine
+from support.cli import InputError
 
 CUDA = torch.device("cuda", 0)
 needs_gpus = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -211,7 +212,8 @@ def test_crops_are_cut_on_the_gpu_or_copied_from_pinned_memory(cache_gb, free_gb
             dataset.set_epoch(epoch)
             got = list(dataset.batches([[0, 1], [2]], CUDA))
         if cache_gb and free_gb:  # frames and their mirror images once, then what was made of them
-            assert len(copies) == (2 * len(dataset) if epoch == 1 else 0) + bool(dataset.made)
+            of_frames = 2 * len(dataset) if epoch == 1 else 0
+            assert len(copies) == of_frames + bool(dataset.precomputed)
             assert not any(pinned for pinned, _ in copies)
         else:
             assert len(got) == 2 and set(copies) == {(True, True)}
@@ -232,6 +234,7 @@ def test_fp32_is_not_tf32(monkeypatch):
     joined, devices = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(dist, "init_process_group", joined.append)
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
@@ -244,6 +247,9 @@ def test_fp32_is_not_tf32(monkeypatch):
     assert chosen == (torch.device("cuda", 1), 3, 4)
     assert devices == [torch.device("cuda", 1)] and joined == ["nccl"]
     assert torch.backends.cudnn.benchmark
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="--nproc_per_node: more processes than GPUs, .* 2"):
+        machine.set_up_machine("auto")
 
 
 @pytest.mark.parametrize("now", [2, 1])
