@@ -2,7 +2,7 @@
 
     python train_identity.py                              # the default recipe, 100 epochs
     python train_identity.py --recipe report              # every departure from the report undone
-    python train_identity.py --resume                     # go on where a run in epochs/ stopped
+    python train_identity.py --resume                     # continue the run in epochs/
     torchrun --nproc_per_node=4 train_identity.py         # one machine, four GPUs
 
 One update is in training_step.py, the terms of the loss are in loss_identity.py.
@@ -44,7 +44,7 @@ from training_step import (
 # Where the default recipe departs from the report, and why: `--without NAME` undoes one,
 # `--recipe report` all of them.
 DEPARTURES = {
-    "mixed_crops": "centre, random and rescaled crops, for faces in whatever framing",
+    "mixed_crops": "centre, random, rescaled and recoloured crops, for faces in any framing",
     "pretraining": "three quarters of the epochs have the pixel loss alone, then the GAN begins",
     "small_batches": "16 images at a rate of 4e-4 instead of 32 at 1e-4: learns faster",
     "cosine": "the generator's rate falls along a half cosine to a twentieth",
@@ -55,7 +55,8 @@ DEPARTURES = {
     "cross_entropy": "-log D(G(z)); the gradient of 1 - D(G(z)) vanishes where D is sure",
     "mixed_batches": "D sees real and generated images in one batch, so that BatchNorm does not "
                      "hide what tells them apart",
-    "slow_d": "D's Adam has a rate of 2.5e-5 and beta1 0.5, so that D neither dies nor wins",
+    "slow_d": "D's Adam has a rate of 2.5e-5 (twice that in its first 64 updates) and beta1 0.5, "
+              "so that D neither dies nor wins",
     "ratio_bound": "the adversarial gradient is at most as long as the pixel loss's",
     "lazy": f"adversarial and perceptual terms in every {LAZY_INTERVAL}th step, at "
             f"{LAZY_INTERVAL} times the weight",
@@ -108,7 +109,7 @@ def train_epoch(trainer, args, dataset, progress, rank, world, after_update):
         targets = None
         if perceptual:
             with trainer.autocast():
-                targets = batch_targets(trainer, dataset.keys(batches[step]), hr)
+                targets = batch_targets(trainer, dataset.cache_keys(batches[step]), hr)
         history[step] = train_step(trainer, lr, hr, targets, gan, perceptual, interval)
         apply_updates(trainer, gan)
         progress["step"] = step + 1
@@ -158,7 +159,7 @@ def validate_epoch(trainer, gan, dataset, rank, world):
 def epoch_row(trainer, args, progress, validation):
     """One row of train_results.csv: the report's columns, then the terms and the state of D."""
     history = progress["history"].double()
-    history[history.isinf()] = math.nan  # the ratio of a step that a GradScaler passed over
+    history[history.isinf()] = math.nan  # the ratio of a step that a GradScaler skipped
     means = dict(zip(LOGGED, history.nanmean(0).tolist()))
     computed = {name: 0.0 if math.isnan(value) else value for name, value in means.items()}
     gan = progress["epoch"] > args.pretrain_epochs
@@ -259,8 +260,8 @@ def train(args):
 
     saver = run_folder.Saver(args, parts, progress, trainer, rank, world, check)
     if progress["epoch"] > args.num_epochs:
-        log(f"{args.out_dir}: {progress['epoch'] - 1} epochs are done; a larger --num_epochs goes "
-            "on")
+        log(f"{args.out_dir}: {progress['epoch'] - 1} epochs are done; give a larger "
+            "--num_epochs to continue")
     elif rank == 0 and not saver.replaces:
         checkpoints.save_json(config, Path(args.out_dir, "config.json"))
     while progress["epoch"] <= args.num_epochs:
@@ -320,26 +321,27 @@ def add_flags(parser):
 
     add = parser.add_argument_group("recipe").add_argument
     add("--num_epochs", type=positive, default=100, help="epochs in all")
-    add("--recipe", choices=("ours", "report"), help="report: --without everything listed below")
+    add("--recipe", choices=("report",), help="--without everything listed below")
     add("--without", nargs="*", choices=tuple(DEPARTURES), metavar="NAME",
         help="undo departures from the report, which are listed below")
     add("--start", help="generator checkpoint to fine-tune, instead of a random one; "
                         f"then --lr is {FINE_TUNING:g} unless given")
     add("--pretrain_epochs", type=not_negative,
-        help="the first epochs, with the pixel loss alone (default: three quarters)")
+        help="first epochs with the pixel loss alone (default: three quarters of --num_epochs)")
     add("--batch_size", type=positive, help="images per update, over all processes")
     add("--lr", type=weight, help="Adam's learning rate of the generator")
-    add("--lr_d", type=weight, help="and of the discriminator")
+    add("--lr_d", type=weight,
+        help="and of the discriminator, doubled for its first 64 updates unless --without slow_d")
     add("--crop_size", type=positive, default=128, help="HR size in px")
     add("--upscale_factor", type=int, choices=(2, 4, 8), default=8, help="HR size / LR size")
     add("--crop", choices=CROPS,
-        help="of the 256 px frame: the report's text, its published code, or some of either and "
-             "rescaled ones")
-    add("--seed", type=not_negative, default=0, help="of weights, order, flips and crops")
+        help="where to crop the 256 px frame: center (the report's text), random (its published "
+             "code), or mixed (both, and rescaled and recoloured crops)")
+    add("--seed", type=not_negative, default=0, help="seed of weights, order, flips and crops")
 
     add = parser.add_argument_group("run").add_argument
     add("--resume", action="store_true",
-        help="go on with the run in --out_dir; flags given beside it hold from there on")
+        help="continue the run in --out_dir; flags given beside it hold from there on")
     add("--overwrite", action="store_true", help="replace the run in --out_dir")
     add("--config", help="config.json of a run to repeat; other flags override it")
     add("--save_every", type=positive, default=10, help="epochs between netG/netD checkpoints")
@@ -351,15 +353,15 @@ def add_flags(parser):
     add = parser.add_argument_group("machine and frozen networks").add_argument
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     add("--precision", choices=("auto", *PRECISIONS),
-        help="of the networks' arithmetic; auto: bf16 on CUDA (fp16 where that is missing) and on "
+        help="arithmetic of the networks; auto: bf16 on CUDA (fp16 where that is missing) and on "
              "a CPU that is faster with it, else fp32")
     add("--cache_gb", type=weight, default=4.0,
-        help="GiB of decoded pictures to hold in memory (more are decoded by worker processes), "
-             "and of HR's targets (more are computed in each step)")
+        help="GiB of decoded pictures to hold in memory for each data set; those of a larger one "
+             "are decoded again in each epoch by worker processes")
     add("--vgg_weights", default="imagenet", help="imagenet, random, or a state dict's path")
     add("--face_weights", default="vggface2",
         help="vggface2, casia-webface, random, or a state dict's path")
-    add("--allow_overlap", action="store_true", help="go on with a photograph in both folders")
+    add("--allow_overlap", action="store_true", help="accept a photograph in both folders")
 
 
 def parse(argv=None):
@@ -380,9 +382,9 @@ def parse(argv=None):
     if first.start and not (first.resume or first.config):
         parser.set_defaults(lr=FINE_TUNING)
     # what is given now wins over what a stored run had
-    without = {"report": [*DEPARTURES], "ours": []}.get(first.recipe, first.without)
+    without = [*DEPARTURES] if first.recipe else first.without
     if without is not None:
-        parser.set_defaults(**undo(without, DEPARTURES if first.recipe else stored["without"]))
+        parser.set_defaults(**undo(without, [] if first.recipe else stored["without"]))
     parser.set_defaults(**weights.get(first.preset, {}))
     args = parser.parse_args(argv)
     if without is not None:
@@ -397,7 +399,7 @@ def undo(without, before):
     """Numbers that go with the departures `without` which differ from those in `before`."""
     numbers = {}
     for name, undone in UNDONE.items():
-        if (name in without) != (name in before) or before is DEPARTURES:
+        if (name in without) != (name in before):
             numbers |= undone if name in without else {key: DEFAULTS[key] for key in undone}
     return numbers
 

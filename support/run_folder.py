@@ -31,16 +31,6 @@ MACHINE_FLAGS = {"save_every", "cache_gb", "device", "allow_overlap", "precision
                  "valid_dir", "tensorboard"}
 SAVE_MINUTES = 10  # between writes of last.pt
 
-# Flags of versions before --without: (today's value, the report's, the departure's name now).
-OLD_FLAGS = {
-    "no_flip": (False, True, "flips"), "no_icnr": (False, True, "icnr"),
-    "no_notch": (False, True, "stripe_filter"), "separate_d": (False, True, "mixed_batches"),
-    "schedule": ("cosine", "constant", "cosine"), "gan_loss": ("bce", "linear", "cross_entropy"),
-    "max_ratio": (1.0, 0.0, "ratio_bound"), "ema": (0.999, 0.0, "ema"), "lazy": (4, 1, "lazy"),
-    "momentum_d": (0.5, 0.9, "slow_d"),
-}
-
-
 LOCK = ".train_identity.lock"
 HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
 STOP_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if number]
@@ -76,26 +66,15 @@ def run_flags(args):
 
 
 def stored_flags(flags, args, source):
-    """Flags from a config.json or last.pt -> those that this version knows, older ones translated.
+    """Flags from a config.json or last.pt -> those that this version knows.
 
-    args: the flags of today; source: the file's name. Says in a line what is left out or missing.
+    args: the flags of today; source: the file's name. Says in a line what is ignored or missing.
     """
-    flags, without, left_out = dict(flags), [], []
-    for name, (ours, report, departure) in OLD_FLAGS.items():
-        if name in flags and "without" not in flags:
-            value = flags.pop(name)
-            if value == report:
-                without.append(departure)
-            elif value != ours:
-                left_out.append(f"{name} {value}")
-    flags.setdefault("without", without)
-    flags.pop("save_minutes", None)  # was one before SAVE_MINUTES: nothing that a run learns from
-    known = run_flags(args)
-    left_out += sorted(flags.keys() - known.keys())
-    for what, names in (("is left out, being unknown", left_out),
-                        ("is not in it and as today", sorted(known.keys() - flags.keys()))):
+    flags, known = {"without": [], **flags}, run_flags(args)
+    for what, names in (("unknown and ignored", flags.keys() - known.keys()),
+                        ("missing, today's default is used", known.keys() - flags.keys())):
         if names:
-            log(f"{source} is another version's: {', '.join(names)} {what}")
+            log(f"{source} was written by another version; {what}: {', '.join(sorted(names))}")
     return {name: value for name, value in flags.items() if name in known}
 
 
@@ -225,11 +204,27 @@ def read_last(folder):
 
 def new_progress(args, train, valid):
     """What last.pt holds beside the networks, before the first step."""
-    return {"epoch": 1, "step": 0, "updates": 0, "history": None, "rows": [], "seconds": 0.0,
-            "flags": run_flags(args),
-            "start": (checkpoints.file_digest(args.start) if args.start and not args.resume
-                      else None),
-            "data": {"train_dir": train.digest(), "valid_dir": valid.digest()}}
+    progress = {"epoch": 1, "step": 0, "updates": 0, "history": None, "rows": [], "seconds": 0.0,
+                "flags": run_flags(args),
+                "start": (checkpoints.file_digest(args.start) if args.start and not args.resume
+                          else None),
+                "data": {"train_dir": train.digest(), "valid_dir": valid.digest()}}
+    if args.config and not args.resume:
+        say_what_differs(args.config, progress)
+    return progress
+
+
+def say_what_differs(path, progress):
+    """Say which files are others than those of the config.json that is to be repeated."""
+    config = checkpoints.read_config(path)
+    with suppress(KeyError, TypeError):  # a config.json of flags alone
+        then = {f"--{name}_dir": config["data"][name]["hash"] for name in ("train", "valid")}
+        then["--start"] = config["start"]
+        now = {f"--{name}": digest for name, digest in progress["data"].items()}
+        now["--start"] = progress["start"]
+        if others := [flag for flag in then if then[flag] != now[flag]]:
+            log(f"{path}: this is not the same run, since {', '.join(others)} differ(s) from what "
+                "it had")
 
 
 def resume(state, args, progress, trainer, parts, shape):
@@ -408,7 +403,7 @@ class Saver:
         if stop:
             log(f"stopped at epoch {self.progress['epoch']}, step {self.progress['step']}; go on "
                 f"with:\n  {self.command()} train_identity.py --resume --out_dir "
-                f"{self.args.out_dir}")
+                f"{shlex.quote(str(self.args.out_dir))}")
             if self.world > 1:
                 dist.destroy_process_group()
             sys.exit(128 + stop)
