@@ -3,8 +3,8 @@
     python ablation.py                         # six weightings, three seeds: 270 GAN epochs
     python ablation.py --gamma 10 --seeds 0    # the report's three weightings and one more, once
 
-Every run has the GAN epochs alone, from one generator of the pixel loss; runs of the same seed see
-the same batches. The command given again goes on where it stopped and passes by what is finished.
+Every run trains GAN epochs alone, from the same generator of the pixel loss; runs of the same seed
+see the same batches. Run again, the command continues where it stopped and skips finished runs.
 """
 
 import support  # noqa: F401  first, for Ctrl-C
@@ -70,9 +70,9 @@ def check_unchanged(folder, wanted, data):
 
 
 def train_run(folder, flags, data, again):
-    """Run train_identity.py in `folder`, or go on with it, unless it is finished.
+    """Run train_identity.py in `folder`, or continue it, unless it is finished.
 
-    data: digests of the photographs; again: the command that goes on with the ablation, for the
+    data: digests of the photographs; again: the command that continues the ablation, for the
     person who stops it.
     """
     flags = [*flags, "--out_dir", str(folder)]
@@ -85,13 +85,16 @@ def train_run(folder, flags, data, again):
         log(f"{folder} is finished")
         return
     log(f"{folder}:")
+    if begun:  # last.pt has the weights of the start, which may lie elsewhere by now
+        place = flags.index("--start")
+        flags[place:place + 2] = ["--resume"]
     handlers = {number: signal.getsignal(number) for number in run_folder.STOP_SIGNALS}
     try:
-        train_identity.main(flags + ["--resume"] * begun)
+        train_identity.main(flags)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     except SystemExit:  # SIGINT or SIGTERM: it has saved what it had
-        log(f"the ablation stopped in {folder}; go on with:\n  {again}")
+        log(f"the ablation stopped in {folder}; continue with:\n  {again}")
         raise
     finally:
         for number, handler in handlers.items():
@@ -152,12 +155,13 @@ def average_seeds(per_image, per_run, runs):
     for row, name in enumerate(summary["model"]):
         of_model = averaged[averaged["model"] == name]
         for metric in averaged.columns[2:]:
-            low, high = bootstrap(of_model[metric].dropna().to_numpy())
+            values = of_model[metric].replace(np.inf, np.nan).dropna()
+            low, high = bootstrap(values.to_numpy())
             summary.loc[row, [f"{metric}_low", f"{metric}_high"]] = low, high
     return averaged, summary
 
 
-def larger_than_chance(low, high, by_seed):
+def significant(low, high, by_seed):
     """Whether a difference is more than the photographs' and the seeds' doing; None: can't tell.
 
     low, high: its interval over photographs, which must exclude 0; by_seed: the difference that
@@ -189,8 +193,8 @@ def differences(averaged, per_run, runs):
         [values.loc[runs[pair.model, seed].name, pair.metric]
          - values.loc[runs["baseline", seed].name, pair.metric] for seed in seeds]
         for pair in pairs.itertuples()]
-    pairs["larger_than_chance"] = pd.Series(
-        [pair.larger_than_chance and larger_than_chance(pair.low, pair.high, pair.by_seed)
+    pairs["significant"] = pd.Series(
+        [pair.significant and significant(pair.low, pair.high, pair.by_seed)
          for pair in pairs.itertuples()], dtype=object)
     return pairs
 
@@ -226,11 +230,11 @@ def number(metric, value, sign=""):
 
 def sentence(pair):
     """One difference in plain words."""
-    title = TITLES.get(pair.metric, pair.metric.replace("_", " of judge "))
+    title = TITLES.get(pair.metric, pair.metric.replace("_", " of judge ", 1))
     difference, low, high, *seeds = (
         number(pair.metric, value, "+")
         for value in (pair.difference, pair.low, pair.high, *pair.by_seed))
-    words = ("not decided: a single seed shows no spread" if pair.larger_than_chance is None
+    words = ("not decided: a single seed shows no spread" if pair.significant is None
              else tables.verdict(pair))
     return (f"{pair.model} - baseline: {title} {difference} [{low}, {high}], {words} "
             f"(by seed: {', '.join(seeds)})")
@@ -261,7 +265,7 @@ def report(args, words, summary, labels, pairs, last, weights):
         "are there for comparison; blend 0.3 has 0.3 of `identity`'s weights and 0.7 of "
         f"`visual`'s, seed {args.seeds[0]}.", "", tables.markdown(summary, labels),
         "## Differences from the baseline", "",
-        "A difference is called beyond chance if its 95 % interval excludes 0 (final "
+        "A difference is called significant if its 95 % interval excludes 0 (final "
         f"checkpoints, {RESAMPLES:,} paired bootstrap samples of the photographs), its p-value is "
         f"below {tables.LEVEL} after Holm's correction for all comparisons of that metric, and it "
         "is larger than the spread between seeds: the largest minus the smallest of the "
@@ -290,7 +294,7 @@ def wide(summary, pairs, last, weights):
             row |= {f"{pair.metric}_difference": pair.difference,
                     f"{pair.metric}_difference_low": pair.low,
                     f"{pair.metric}_difference_high": pair.high,
-                    f"{pair.metric}_larger_than_chance": pair.larger_than_chance}
+                    f"{pair.metric}_significant": pair.significant}
         if name in last.index:
             row |= {f"{metric}_last_{what}": value
                     for (metric, what), value in last.loc[name].items()}
@@ -309,7 +313,7 @@ def parse(argv=None):
                     "batches, and compare them. Every other flag goes to train_identity.py, for\n"
                     "all runs alike: --train_dir, --batch_size, --lr, --without, --device, ...\n"
                     f"Unless --lr says another, the learning rate begins at {RATE:g}.",
-        allow_abbrev=False, epilog="example: python ablation.py --gamma 3 10 --seeds 0 1")
+        epilog="example: python ablation.py --gamma 3 10 --seeds 0 1")
     add = parser.add_argument_group("what").add_argument
     add("--gamma", nargs="*", type=float, default=[0.05, 1, 3],
         help="further identity weights, with alpha and beta of the identity preset")

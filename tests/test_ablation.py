@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -185,7 +187,7 @@ def test_a_bad_judge_or_run_is_named(done, tmp_path):
     with pytest.raises(InputError, match="judge.*no such file"):
         ablation.main([*elsewhere, "--judge", "nothing.pt"])
     assert not (tmp_path / "runs").exists()  # not after hours of training
-    with pytest.raises(InputError, match="runs/baseline_seed1: .*not finite"):
+    with pytest.raises(InputError, match="runs/baseline_seed1: .*infinite or NaN"):
         ablation.main([*elsewhere, "--lr", "1e5", "--batch_size", "8"])
 
 
@@ -202,7 +204,7 @@ def test_tables_have_the_promised_columns(done):
         assert (table[metric] <= table[f"{metric}_high"]).all()
         differences = table.loc[NAMES[1:], f"{metric}_difference"]
         assert np.allclose(differences, table[metric][NAMES[1:]] - table[metric]["baseline"])
-        assert table[f"{metric}_larger_than_chance"].notna().sum() == 3
+        assert table[f"{metric}_significant"].notna().sum() == 3
     assert {"alpha", "beta", "gamma", "n", "rank1", "auc_judge", "psnr_y_last_mean",
             "cosine_last_min", "d_accuracy_last_max"} <= set(table)
     assert (table["n"] == 4).all()
@@ -255,8 +257,8 @@ def test_last_epochs_by_hand():
     (-0.010, 0.014, [0.002], False),
     (0.0, 0.014, [0.007, 0.007], False),
 ])
-def test_larger_than_chance(low, high, by_seed, verdict):
-    assert ablation.larger_than_chance(low, high, by_seed) is verdict
+def test_significant(low, high, by_seed, verdict):
+    assert ablation.significant(low, high, by_seed) is verdict
 
 
 def test_two_seeds_let_noise_pass_by_trigonometry():
@@ -277,13 +279,13 @@ def test_differences_and_sentences_by_hand():
                             "psnr_y": [25.0, 25.1, 25.0, 24.9],
                             "cosine": [0.8, 0.811, 0.8, 0.813]})
     pairs = ablation.differences(per_image, per_run, runs).set_index("metric", drop=False)
-    assert pairs["larger_than_chance"].to_dict() == {"psnr_y": False, "cosine": True}
+    assert pairs["significant"].to_dict() == {"psnr_y": False, "cosine": True}
     assert np.allclose(pairs["by_seed"]["cosine"], [0.011, 0.013])
     words = [ablation.sentence(pair) for pair in pairs.itertuples()]
     assert words[0].startswith("identity - baseline: PSNR-Y (dB) ")
-    assert words[0].endswith("within chance (by seed: +0.100, -0.100)")
+    assert words[0].endswith("not significant (by seed: +0.100, -0.100)")
     assert words[1].startswith("identity - baseline: cosine +0.012")
-    assert words[1].endswith("better beyond chance (by seed: +0.0110, +0.0130)")
+    assert words[1].endswith("significantly better (by seed: +0.0110, +0.0130)")
 
 
 def test_report_states_rule_conditions_and_references(done):
@@ -310,7 +312,8 @@ def test_the_person_who_stops_it_is_told_how_to_go_on(done, tmp_path, monkeypatc
     assert f"python ablation.py {' '.join(command)}" in said
 
 
-@pytest.mark.parametrize("name, said", [("valid", "among photographs"), ("results2", "not of")])
+@pytest.mark.parametrize("name, said", [("valid", "among photographs"),
+                                        ("results2", "was not written")])
 def test_no_result_over_or_among_the_users_pictures(done, name, said):
     folder = done[0]
     (folder / "results2").mkdir(exist_ok=True)
@@ -327,3 +330,36 @@ def test_a_weight_that_training_refuses_is_refused_before_the_first_run(done):
     with pytest.raises(InputError, match="--gamma"):
         ablation.main([*flags(folder), "--gamma", "-1", "--out_dir", f"{folder}/new"])
     assert not (folder / "new").exists()
+
+
+def test_a_judge_is_called_by_its_files_whole_name():
+    pair = SimpleNamespace(model="visual", metric="cosine_my_judge", difference=0.1, low=0.0,
+                           high=0.2, by_seed=[0.1], significant=None)
+    assert "cosine of judge my_judge +0.1000" in ablation.sentence(pair)
+
+
+def test_a_flat_picture_leaves_an_average_its_interval():
+    runs = {("baseline", 1): Path("baseline_seed1")}
+    per_image = pd.DataFrame({"model": "baseline_seed1", "image": ["1", "2", "3"],
+                              "psnr_y": [30.0, 31.0, np.inf], "cosine": 0.5})
+    per_run = pd.DataFrame({"model": ["baseline_seed1"], "n": 3, "psnr_y": 30.5, "cosine": 0.5})
+    _, summary = ablation.average_seeds(per_image, per_run, runs)
+    assert summary.loc[0, ["psnr_y_low", "psnr_y_high"]].tolist() == [30.0, 31.0]
+
+
+def test_a_run_goes_on_where_its_start_lies_elsewhere(done, tmp_path, monkeypatch):
+    """Another checkout, another machine: last.pt holds the weights, and the file is the same."""
+    folder, asked = done[0], []
+    run = tmp_path / "visual_seed1"
+    run.mkdir()
+    for name in ("config.json", "last.pt"):
+        shutil.copy(folder / "runs" / "visual_seed1" / name, run)
+    shutil.copy(folder / "start.pth", tmp_path / "moved.pth")
+    config = json.loads((run / "config.json").read_text())
+    command = [*flags(folder), "--start", str(tmp_path / "moved.pth")]
+    args = ablation.parse(command)
+    monkeypatch.setattr(train_identity, "train", asked.append)
+    ablation.train_run(run, [*args.training, "--preset", "visual", "--start", args.start, "--lr",
+                             "1e-4", "--pretrain_epochs", "0", "--num_epochs", "2", "--seed", "1"],
+                       config["data"], "again")
+    assert asked[0].resume and asked[0].start == str(folder / "start.pth")
