@@ -43,7 +43,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def list_images(folder, flag, formats=FORMATS, suffixes=SUFFIXES):
-    """Sorted paths of the images in `folder`; subfolders, hidden and other files are passed by.
+    """Sorted paths of the images in `folder`; subfolders, hidden and other files are skipped.
 
     `flag` is the command-line flag that names the folder. Raises InputError if there is none.
     """
@@ -71,9 +71,9 @@ def read_image(path, keep_mode=False, formats=FORMATS):
     """Any photographer's file -> upright 8-bit RGB picture (PIL).
 
     EXIF orientation is applied; 16 bit is scaled to 8, transparency laid on white, grey, palette
-    and CMYK converted. `keep_mode` only turns it upright. formats: what Pillow may try. Of several
-    frames it is the first; `keep_mode` then notes .info["animated"]. Raises InputError naming the
-    file, also for pixels of 32 bit, of which none is known to be white.
+    and CMYK converted. Of several frames the first is read. `keep_mode` applies the orientation
+    alone, and sets .info["animated"]. formats: what Pillow may try. Raises InputError naming the
+    file, also for pixels of 32 bit, whose white level is unknown.
     """
     try:
         if isinstance(path, (str, os.PathLike)) and Path(path).exists() and (
@@ -90,7 +90,7 @@ def read_image(path, keep_mode=False, formats=FORMATS):
                 raise InputError(f"declares {image.width}x{image.height} px, a decompression bomb")
             if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
                 raise InputError("holds 32-bit or signed pixels; save it with 8 or 16 bit")
-            # of use to one who keeps the mode alone; a phone's MPO holds thumbnails, too
+            # only callers with keep_mode use it; a phone's MPO also holds thumbnails
             animated = keep_mode and image.format != "MPO" and getattr(image, "is_animated", False)
             image.load()
             with contextlib.suppress(SyntaxError):  # damaged EXIF data: taken as it stands
@@ -169,11 +169,12 @@ class FaceFolder(Dataset):
 
     `files`: sorted paths. `hashes`: one hex digest of the 256 px frame's pixels per file. `cached`:
     whether the pictures fit into `cache_gb` GiB; if not, they are decoded again when asked for and
-    a file that has vanished or changed since the check is an InputError that names it.
+    a file that has vanished or changed since the check is an InputError that names it. copies: of
+    each picture that will be held.
     """
 
     def __init__(self, dataset_dir, crop_size, upscale_factor, keep_frames, cache_gb, flag,
-                 files=None):
+                 files=None, copies=1):
         self.factor = upscale_factor
         self.keep_frames = keep_frames
         self.crop_size = valid_crop_size(crop_size, upscale_factor)
@@ -182,7 +183,7 @@ class FaceFolder(Dataset):
                              f"{upscale_factor}")
         self.files = files or list_images(dataset_dir, flag)
         pixels = FRAME if keep_frames else self.crop_size
-        self.cached = len(self.files) * 3 * pixels ** 2 <= cache_gb * 2 ** 30
+        self.cached = copies * len(self.files) * 3 * pixels ** 2 <= cache_gb * 2 ** 30
         checked = parallel_map(self._check, self.files, f"reading {dataset_dir}")
         unusable([error for _, _, _, error in checked if error])
         self.hashes, self.stats, self.pictures, _ = zip(*checked)
@@ -195,12 +196,12 @@ class FaceFolder(Dataset):
             if min(frame.size) < max(self.crop_size, self.factor):
                 raise InputError(f"{path}: {frame.width}x{frame.height} px is smaller than the "
                                  f"crop of {max(self.crop_size, self.factor)} px")
-            picture = np.array(self._still(frame)) if self.cached else None
+            picture = np.array(self._kept(frame)) if self.cached else None
             return pixel_hash(frame), (stat.st_size, stat.st_mtime_ns), picture, None
         except (InputError, OSError) as error:
             return None, None, None, str(error)
 
-    def _still(self, frame):
+    def _kept(self, frame):
         """What is kept of a frame: all of it, or the centre crop if no other part is asked for."""
         return frame if self.keep_frames else center_crop(frame, self.crop_size)
 
@@ -216,7 +217,7 @@ class FaceFolder(Dataset):
                              "--resume") from None
         if (stat.st_size, stat.st_mtime_ns) != self.stats[index]:
             raise InputError(f"{path}: changed after the run had started; put it back and --resume")
-        return self._still(to_frame(read_image(path)))
+        return self._kept(to_frame(read_image(path)))
 
     def digest(self):
         """One hash of the whole data set: the pixels of all its files in order."""
@@ -233,48 +234,48 @@ class TrainDatasetFromFolder(FaceFolder):
     frame; "mixed" some of either, squares of another size brought to c px, and squares in other
     colours, which photographs of faces lack (shares: `MIX`). Crops and flips change with
     `set_epoch` and are functions of (seed, epoch, index) alone, so that a resumed run sees the same
-    ones. `repeats[i]`: whether photograph i is at its centre crop.
+    ones. `centered[i]`: whether photograph i is at its centre crop.
     """
 
     def __init__(self, dataset_dir, crop_size, upscale_factor, crop="center", seed=0, cache_gb=4.0,
                  flips=False):
         super().__init__(dataset_dir, crop_size, upscale_factor, crop != "center", cache_gb,
-                         "--train_dir")
+                         "--train_dir", copies=1 + flips)
         self.seed, self.flips = seed, flips
         self.shares = MIX if crop == "mixed" else {crop: 1.0}
         if self.cached:  # to mirror a crop takes longer than all else; frames are mirrored once
             self.frames = [torch.from_numpy(picture) for picture in self.pictures]
             self.mirrored = [frame.flip(1) for frame in self.frames] if flips else None
-        self.moved = False  # whether the frames lie on a GPU
+        self.on_gpu = False  # whether the frames lie on a GPU
         self.set_epoch(0)
 
     def set_epoch(self, epoch):
         """Draw each photograph's crop and flip, and make those crops that are not just cut out."""
         rng, n = np.random.default_rng([self.seed, epoch]), len(self)
         kinds = rng.choice([*self.shares], n, p=[*self.shares.values()])
-        self.repeats = kinds == "center"
-        self.places = np.where(self.repeats[:, None], MIDDLE, rng.random((n, 2)))
+        self.centered = kinds == "center"
+        self.places = np.where(self.centered[:, None], MIDDLE, rng.random((n, 2)))
         self.scales = np.where(kinds == "rescaled", rng.uniform(*SCALES, n), 1.0)
         self.flipped = (rng.random(n) < 0.5) & self.flips
         # c -> gain c + offset in each channel: any colours, flat areas among them
         self.recoloured = kinds == "recoloured"
         self.gains = rng.uniform(0.2, 1, (n, 3))
         self.offsets = rng.random((n, 3)) * (1 - self.gains) * 255
-        self.made = {}
+        self.precomputed = {}
         if self.cached:
             indices = np.flatnonzero((self.scales != 1) | self.recoloured).tolist()
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                self.made = dict(zip(indices, pool.map(self.crop, indices)))
+                self.precomputed = dict(zip(indices, pool.map(self.crop, indices)))
 
-    def keys(self, indices):
-        """What a crop is known by if it comes again in another epoch, else None."""
-        return [(index, bool(self.flipped[index])) if self.repeats[index] and self.cached else None
+    def cache_keys(self, indices):
+        """Cache key of each crop that can come again in another epoch, else None."""
+        return [(index, bool(self.flipped[index])) if self.centered[index] and self.cached else None
                 for index in indices]
 
     def crop(self, index):
         """The HR crop of photograph `index` in this epoch: (c, c, 3), uint8."""
-        if index in self.made:
-            return self.made[index]
+        if index in self.precomputed:
+            return self.precomputed[index]
         crop = self._cut(index) if self.scales[index] == 1 else self._rescale(index)
         if self.recoloured[index]:
             crop = crop.cpu().numpy() * self.gains[index] + self.offsets[index]
@@ -306,15 +307,16 @@ class TrainDatasetFromFolder(FaceFolder):
     def _move(self, device):
         """Take the frames and this epoch's made crops to a GPU. -> whether it has room for them."""
         copies = self.frames + (self.mirrored or [])
-        if not self.moved:
+        if not self.on_gpu:
             free, _ = torch.cuda.mem_get_info(device)
             if sum(frame.nbytes for frame in copies) > free / 4:  # the networks need the most of it
                 return False
             copies = [frame.to(device) for frame in copies]
             self.frames, self.mirrored = copies[:len(self)], copies[len(self):]
-            self.moved = True
-        if self.made:
-            self.made = dict(zip(self.made, torch.stack([*self.made.values()]).to(device)))
+            self.on_gpu = True
+        if self.precomputed:
+            crops = torch.stack([*self.precomputed.values()]).to(device)
+            self.precomputed = dict(zip(self.precomputed, crops))
         return True
 
     def __getitem__(self, index):
@@ -404,6 +406,13 @@ class ValidDatasetFromFolder(FaceFolder):
         return to_tensor(lr), to_tensor(restored), to_tensor(hr)
 
 
+def check_room(px, flags):
+    """Raise InputError naming the flags that ask for a crop of more px than a frame can have."""
+    if px > FRAME:
+        raise InputError(f"{flags}: takes {px} px of photographs that are reduced to {FRAME} px on "
+                         "their shorter side; take less")
+
+
 def check_no_overlap(train, valid):
     """Raise InputError if a photograph (by pixel hash) is in both data sets."""
     known = dict(zip(train.hashes, train.files))
@@ -424,6 +433,7 @@ def load_data(args):
         log(f"--crop_size {args.crop_size} is no multiple of {args.upscale_factor}: using {crop}")
     if not crop:
         raise InputError(f"--crop_size {args.crop_size}: must be {args.upscale_factor} or more")
+    check_room(crop, "--crop_size")
     if crop < 32 and args.alpha:
         raise InputError(f"--crop_size {args.crop_size}: VGG16 halves a picture five times and "
                          "needs 32 px; take a larger crop, or --alpha 0")

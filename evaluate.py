@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from data_utils import VALID_DIR, ValidDatasetFromFolder, list_images, read_image, to_tensor
+from data_utils import (
+    VALID_DIR,
+    ValidDatasetFromFolder,
+    check_room,
+    list_images,
+    read_image,
+    to_tensor,
+    valid_crop_size,
+)
 from loss_identity import embed, load_face_network
 from support import checkpoints, export, figures, report
 from support.cli import (
@@ -40,8 +48,8 @@ from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_p
 from support.tables import (
     differences,
     is_distance,
+    left_out,
     summarise,
-    words_of,
     write_people,
     write_tables,
 )
@@ -162,9 +170,9 @@ def validate(netG, discriminate, dataset, face_network, hr_embedding_cache, devi
 def load_judge(name):
     """A face network that training never saw: (N, 3, 160, 160) in [-1, 1] -> (N, D).
 
-    `name`: casia-webface, or a TorchScript file that does that. Such a file is code, which the user
-    trusts. Or dlib, whose network takes (pictures, HR) instead: `dlib_judge.DlibJudge`. Raises
-    InputError if it cannot be loaded or does not do that.
+    `name`: casia-webface; dlib, whose network takes (pictures, HR) instead, see
+    `dlib_judge.DlibJudge`; or the path of a TorchScript file, which is code that the user must
+    trust. Raises InputError if it cannot be loaded or does not do that.
     """
     if name == "dlib":
         from support.dlib_judge import load_dlib  # an optional extra
@@ -226,8 +234,8 @@ def measure(models, dataset, embedders, batch_size, device, context=nullcontext)
 
     models: {name: function of (LR, bicubic, HR) -> SR, or what `find_restored` found}; embedders:
     {name: network} of `load_embedders`. context: what models and training embedder run in, see
-    `machine.autocast`. The rows of an image on whose HR a judge of distances finds no face hold NaN
-    there. Raises InputError naming the network that gave a number which is not finite.
+    `machine.autocast`. Where dlib finds no face on HR, that image's distance is NaN for every
+    model. Raises InputError naming the network that gave a number which is not finite.
     """
     rows, vectors = [], {(m, e): [] for m in models for e in embedders}
     bar = tqdm(total=len(dataset), unit="image", desc="evaluating", leave=False, disable=None)
@@ -296,26 +304,29 @@ def files_of_gallery(folder):
 def score_pairs(probes, references, by_distance, pairs, people, fold, seed):
     """`verification.pair_rates`, the first picture of a pair restored, the second HR.
 
-    probes, references: (n, D) embeddings of all pictures, SR and HR. Pairs in which a judge of
-    distances does not see a face are left out; "n" counts the others.
+    probes, references: (n, D) embeddings of all pictures, SR and HR. Pairs in which dlib finds
+    no face are left out; "n" counts the others.
     """
     seen = np.isfinite(references[pairs]).all((1, 2))
     if len(np.unique(fold[seen])) < 2:
         raise InputError("--judge dlib: finds no faces in all folds but one; leave it out")
     pairs = pairs[seen]
+    people = np.unique(people[seen], return_inverse=True)[1].reshape(-1, 2)  # those with pairs left
     scores = similarity(probes[pairs[:, 0]], references[pairs[:, 1]], by_distance, paired=True)
-    return {"n": seen.sum()} | pair_rates(scores, people[seen], fold[seen], seed=seed)
+    return {"n": seen.sum()} | pair_rates(scores, people, fold[seen], seed=seed)
 
 
 def score_gallery(probes, references, by_distance, person, seed):
     """`verification.recognition` of all people's photographs but the first, which is the gallery.
 
     probes, references: (n, D) embeddings of SR and HR, sorted by person; person: (n,). Photographs
-    in which a judge of distances does not see a face are left out; "n" counts the probes.
+    in which dlib finds no face are left out; "n" counts the probes.
     """
     seen = np.flatnonzero(np.isfinite(references).all(1))
     _, first, number = np.unique(person[seen], return_index=True, return_inverse=True)
     rest = np.setdiff1d(np.arange(len(seen)), first)
+    if not len(rest):
+        raise InputError("--judge dlib: finds no person's face in two photographs; leave it out")
     scores = similarity(probes[seen[rest]], references[seen[first]], by_distance)
     return {"n": len(rest)} | recognition(scores, number[rest], (0.01, 0.001), seed)
 
@@ -331,9 +342,9 @@ def compare_people(args, models, factor, embedders, labels, device, context):
             continue
         files, *of_pairs = (files_of_pairs(args) if protocol == "pairs" else
                             files_of_gallery(source))
-        room = max(size - size % factor for size in args.crop_size)
-        dataset = ValidDatasetFromFolder(source, room, factor, args.cache_gb, files=files)
-        for size in dict.fromkeys(size - size % factor for size in args.crop_size):
+        sizes = list(dict.fromkeys(valid_crop_size(size, factor) for size in args.crop_size))
+        dataset = ValidDatasetFromFolder(source, max(sizes), factor, args.cache_gb, files=files)
+        for size in sizes:
             _, vectors = measure(models, dataset.framed(size), embedders, args.batch_size, device,
                                  context)
             score = score_pairs if protocol == "pairs" else score_gallery
@@ -493,7 +504,7 @@ def parse(argv=None):
         help="also pictures that something else restored, named like the photographs; may be "
              "repeated")
     add("--export_lr", metavar="FOLDER",
-        help="instead: write the LR pictures, the inputs for that, to FOLDER/crop_128/ and the "
+        help="instead: write the LR pictures, inputs for another tool, to FOLDER/crop_128/ and the "
              "like")
     add("--data_dir", default=VALID_DIR, help="folder of photographs")
     add("--export", nargs=2, metavar=("FORMAT", "OUT"),
@@ -504,14 +515,14 @@ def parse(argv=None):
     add("--shift", type=int, nargs="+", default=[], metavar="PX",
         help="also measure the gain over bicubic on crops that many px right of and below the "
              "centre (sweep.csv, sweep.png)")
+    add("--scale", type=scale, nargs="+", default=[], metavar="F",
+        help="also measure it on whole frames, and the faces in them, F times as large")
     add("--pairs", metavar="TXT",
         help="instead: verification of restored faces against other photographs of the same "
              "people, listed as in LFW's pairs.txt, at DATA_DIR/name/name_0001.jpg")
     add("--gallery", metavar="FOLDER",
         help="instead: identification of restored faces; a folder of photographs per person, the "
              "first of each is the gallery")
-    add("--scale", type=scale, nargs="+", default=[], metavar="F",
-        help="also on whole frames, and the faces in them, F times as large")
     add = parser.add_argument_group("how").add_argument
     add("--face_weights", default="vggface2",
         help="embedder of the cosine: vggface2, casia-webface, random, or a state dict's path")
@@ -521,7 +532,8 @@ def parse(argv=None):
     add("--batch_size", type=positive, default=BATCH, help="images per batch")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     add("--precision", choices=("auto", *PRECISIONS), default="fp32",
-        help="of the networks' arithmetic, but for judges; auto: as training has it, and faster")
+        help="arithmetic of the generators and of the cosine's network (judges: fp32); auto: as in "
+             "training, and faster")
     add("--cache_gb", type=weight, default=4.0, help="GiB of decoded pictures to hold in memory")
     add("--seed", type=not_negative, default=0, help="of the bootstrap")
     add("--out_dir", default="results", help="folder of the tables and the picture")
@@ -533,15 +545,21 @@ def framing_name(crop_size):
     return f"crop_{crop_size}" if crop_size else "whole_frames"
 
 
+def crop_to_shift(args):
+    """Size in px of the crops that --shift moves."""
+    return max(args.crop_size) or 128
+
+
 def sweep(models, dataset, args, embedder, device, context):
     """Means and gains over bicubic on shifted crops and on larger and smaller faces: a table."""
-    crop = max(args.crop_size) or 128
-    framings = [("shift", px, dataset.framed(crop, shift=px)) for px in args.shift]
+    framings = [("shift", px, dataset.framed(crop_to_shift(args), shift=px)) for px in args.shift]
     framings += [("scale", f, dataset.framed(0, scale=f)) for f in args.scale]
     rows = []
     for name, value, framing in framings:
         per_image, _ = measure({k: v for k, v in models.items() if k != "HR"}, framing,
                                {"cosine": embedder}, args.batch_size, device, context)
+        exact = per_image["image"].isin(left_out(per_image, "psnr_y"))
+        per_image["psnr_y"] = per_image["psnr_y"].mask(exact)
         means = per_image.groupby("model", sort=False)[["psnr_y", "ssim", "cosine"]].mean()
         gains = (means - means.loc["bicubic"]).add_suffix("_gain")
         rows += [{"sweep": name, "value": value, "model": model, **means.loc[model],
@@ -551,12 +569,19 @@ def sweep(models, dataset, args, embedder, device, context):
 
 def load_dataset(args, factor):
     """The photographs, large enough for every --crop_size and --shift."""
-    sizes = [size - size % factor for size in args.crop_size]
+    sizes = [valid_crop_size(size, factor) for size in args.crop_size]
     for size, wanted in zip(sizes, args.crop_size):
+        if wanted and not size:
+            raise InputError(f"--crop_size {wanted}: must be {factor} or more, or 0 for whole "
+                             "frames")
         if size != wanted:
             print(f"--crop_size {wanted} is no multiple of {factor}: using {size}")
     args.crop_size = list(dict.fromkeys(sizes))
-    room = max(args.crop_size) + 2 * max(map(abs, args.shift), default=0)
+    room = max(args.crop_size)
+    if args.shift:
+        room = crop_to_shift(args) + 2 * max(map(abs, args.shift))
+        room += -room % factor  # a crop size that is no multiple would be rounded down
+    check_room(room, "--crop_size" if not args.shift else "--crop_size and --shift")
     return ValidDatasetFromFolder(args.data_dir, room, factor, args.cache_gb, "--data_dir")
 
 
@@ -605,20 +630,24 @@ def compare_models(args, models, dataset, embedders, labels, device, context):
         checkpoints.save_csv(table, folder / "sweep.csv")
         figures.save_sweep(table, picture)
         print(table.round(4).to_string(index=False))
-    note = words_of(next(iter(tables.values()))[1], labels)
-    report.save_report(folder / "report.html", note, sections, picture)
+    report.save_report(folder / "report.html", sections, picture)
     print("wrote report.html, summary.csv, summary.md, differences.csv, per_image.csv, "
           f"comparison_*.png{' and sweep.*' * bool(args.shift or args.scale)} to {folder}/")
 
 
 def check_outputs(args):
     """Raise InputError where an output would lie among photographs."""
-    folders = {"gallery": args.gallery} if args.gallery else {"data_dir": args.data_dir}
+    folders = {"gallery": args.gallery} if args.gallery else {}
+    if args.pairs or not args.gallery:
+        folders["data_dir"] = args.data_dir
     check_out_dir(args.out_dir, **folders)
     if args.export_lr:
         check_out_dir(args.export_lr, "--export_lr", **folders)
-    if (args.pairs or args.gallery) and (args.restored or args.export_lr):
-        raise InputError("--restored and --export_lr: leave them out beside --pairs and --gallery")
+    others = {"restored": args.restored, "export_lr": args.export_lr, "shift": args.shift,
+              "scale": args.scale}
+    if (args.pairs or args.gallery) and any(others.values()):
+        given = " and ".join(f"--{name}" for name, value in others.items() if value)
+        raise InputError(f"{given}: leave it out beside --pairs and --gallery")
 
 
 def main(argv=None):

@@ -95,7 +95,7 @@ def load_vgg(weights):
     """VGG16's `features[:31]`: images (N, 3, H, W) in [0, 1] -> (N, 512, H/32, W/32).
 
     `weights`: imagenet, random or a state dict's path; only `features.*` is read. Frozen, eval
-    mode. `.label` says what was loaded. Raises InputError if the weights cannot be had.
+    mode. `.label` says what was loaded. Raises InputError if the weights cannot be loaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
@@ -119,7 +119,7 @@ def load_face_network(weights):
 
     `weights`: vggface2, casia-webface, random or a state dict's path. Frozen, eval mode, each
     BatchNorm folded into its convolution (the same function, a third fewer passes over memory).
-    `.label` says what was loaded. Raises InputError if the weights cannot be had.
+    `.label` says what was loaded. Raises InputError if the weights cannot be loaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)

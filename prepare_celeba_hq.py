@@ -7,7 +7,7 @@ CelebA's terms, https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html , allow non-co
 only and forbid passing the photographs on; whoever uses the data must read and accept them.
 
 A folder or a zip is taken, with the photographs at any depth; where it has a folder CelebA-HQ-img,
-only that is read (beside it lie the masks). Stopped half-way, the same command goes on.
+only that is read (beside it lie the masks). Stopped half-way, the same command continues.
 """
 
 import support  # noqa: F401  first, for Ctrl-C
@@ -202,7 +202,7 @@ def fill(pool, args, split, n, queue, manifest, seen, bar):
             if digest in seen:
                 problem = f"has the same pixels as {seen[digest]}"
             if problem:
-                tqdm.write(f"passed by: {source}: {problem}")
+                tqdm.write(f"skipped: {source}: {problem}")
                 continue
             row = [file, source, digest, split]
             if len(rows) < len(before) and row != before[len(rows)]:
@@ -307,7 +307,7 @@ def prepare(args):
             rest = [entry for entry in reversed(queue[end:]) if entry[2] not in people]
             manifest, train, _ = fill(pool, args, "train", args.n_train, rest, manifest, seen, bar)
     except KeyboardInterrupt:
-        raise InputError("stopped; the same command goes on from here") from None
+        raise InputError("stopped; run the same command again to continue") from None
     finally:
         pool.shutdown(cancel_futures=True)
         open_zip.cache_clear()  # the next zip of that name may be another

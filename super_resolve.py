@@ -35,7 +35,7 @@ SMALL_FACE = 64  # px of the largest frame in a photo that gains detail; the fac
 LARGE = 64    # px; a picture with a longer side than this is probably more than a face
 LIMIT = 128   # px; 8x of it is a file of 1024 px, and the network has seen no face as large
 PIXELS = 2 ** 15  # LR px to compute at a time: 1 to 2 GB of activations at 8x
-REACH = 18    # LR px to each side that an output pixel depends on (the most over all factors)
+RECEPTIVE_FIELD = 18  # LR px to each side that an output pixel depends on (most of all factors)
 SMALLEST = 20  # px of the smallest face looked for, MTCNN's default
 SURE = 0.95   # MTCNN's probability; faces of 32 px and more score above 0.99, flukes below 0.95
 MOST = 10 ** 8  # px of a restored photo: 300 MB in memory
@@ -127,10 +127,10 @@ def like_original(rgb, original, alpha=None):
 # The network
 
 
-def super_resolve(generator, pictures, batch_size):
+def super_resolve(generator, pictures):
     """RGB pictures (PIL) of any sizes -> RGB pictures, `generator.scale_factor` times as large.
 
-    Pictures of equal size are computed together, `batch_size` or less at a time.
+    Pictures of equal size are computed together, as many as PIXELS allows.
     """
     device = next(generator.parameters()).device
     by_size = {}
@@ -138,7 +138,7 @@ def super_resolve(generator, pictures, batch_size):
         by_size.setdefault(picture.size, []).append(index)
     results = [None] * len(pictures)
     for (width, height), indices in by_size.items():
-        n = max(1, min(batch_size, PIXELS // (width * height)))
+        n = max(1, PIXELS // (width * height))
         for part in (indices[i:i + n] for i in range(0, len(indices), n)):
             lr = torch.stack([to_tensor(pictures[i]) for i in part])
             lr = lr.to(device, memory_format=torch.channels_last)
@@ -151,10 +151,10 @@ def super_resolve(generator, pictures, batch_size):
 def upscale(generator, lr):
     """generator(lr), a strip of rows at a time if lr is large: (N, 3, h, w) -> (N, 3, s*h, s*w)."""
     s, height, strips = generator.scale_factor, lr.shape[2], []
-    rows = max(REACH, PIXELS // (lr.shape[0] * lr.shape[3]))
+    rows = max(RECEPTIVE_FIELD, PIXELS // (lr.shape[0] * lr.shape[3]))
     for top in range(0, height, rows):
-        above = min(top, REACH)
-        sr = generator(lr[:, :, top - above:top + rows + REACH])
+        above = min(top, RECEPTIVE_FIELD)
+        sr = generator(lr[:, :, top - above:top + rows + RECEPTIVE_FIELD])
         strips.append(sr[:, :, above * s:(above + rows) * s])
     return torch.cat(strips, dim=2)
 
@@ -387,7 +387,7 @@ def parse(argv):
         help=f"the inputs are photographs: find the faces in them (from {SMALLEST} px), write each "
              "(NAME_face1.png) and the enlarged photo with its small faces put in "
              "(NAME_restored.png)")
-    add("--upscale", type=positive, default=4, help="times that the photo is enlarged")
+    add("--upscale", type=positive, default=4, help="factor by which --detect enlarges the photo")
     add("--force", action="store_true",
         help=f"put in faces of more than {SMALL_FACE // 2} px, too, although the photo shows more")
     add("--reduce", type=positive, metavar="PX",
@@ -401,8 +401,6 @@ def parse(argv):
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=DEVICES, default="auto", help="where to compute")
-    add("--batch_size", type=positive, default=16,
-        help="pictures of equal size computed together")
     return parser.parse_args(argv)
 
 
@@ -417,7 +415,7 @@ def main(argv=None):
     formats = known_formats()
     out_dir, paths = Path(args.out_dir), find_inputs(args.inputs, fail, formats)
     if not paths and not failed:
-        raise InputError("-: no path on standard input; give one a line")
+        raise InputError("-: no path on standard input; give one per line")
     if os.path.realpath(out_dir) in {os.path.dirname(os.path.realpath(path)) for path in paths}:
         raise InputError(f"--out_dir {out_dir} holds an input, which an output might overwrite; "
                          "choose another folder")
@@ -431,7 +429,7 @@ def main(argv=None):
           "the network adds was not in the picture. Never identify a person by it", file=sys.stderr)
 
     files = list(zip(paths, unique_stems(paths)))
-    step = 1 if args.detect else args.batch_size  # photos are large: one in memory at a time
+    step = 1 if args.detect else 16  # photos are large: one in memory at a time
     for start in range(0, len(files), step):
         jobs = []
         for path, stem in files[start:start + step]:
@@ -440,8 +438,7 @@ def main(argv=None):
                                     args.reduce))
             except InputError as error:
                 fail(error)
-        all_faces = super_resolve(generator, [lr for job in jobs for lr in job.lr],
-                                  args.batch_size)
+        all_faces = super_resolve(generator, [lr for job in jobs for lr in job.lr])
         for job in jobs:
             faces = [all_faces.pop(0) for _ in job.lr]
             try:

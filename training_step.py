@@ -39,8 +39,8 @@ EMA_DECAY = 0.999  # limit of the generator average's decay
 BETA1_D = 0.5      # of D's Adam; plain Adam has 0.9
 WARM_UP_D = 64     # updates of D at twice its rate: it begins new against a trained generator
 
-NOT_FINITE = ("stopped, and last.pt, once written, keeps the last good state. Lower the learning "
-              "rate (--lr, --lr_d) or that term's weight beside --resume")
+NOT_FINITE = ("stopped; last.pt, if there is one, holds the last good state. --resume with a lower "
+              "learning rate (--lr, --lr_d) or a lower weight of that term")
 
 
 def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_weight=1):
@@ -48,13 +48,13 @@ def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_wei
 
     L_total is differentiated at SR, term by term, and the sum goes back through the generator
     once. That frees each frozen network's activations before the next term, gives the size of each
-    gradient for nothing, and lets one pass of D over the fakes serve both sides of the game: D's
+    gradient for nothing, and lets one pass of D over the fakes serve both losses: D's
     update takes the gradient to its parameters, the generator's the one to the images.
 
     trainer: see `build_trainer`; lr, hr: (N, 3, h, w), (N, 3, H, W) in [0, 1]; targets:
-    `trainer.loss.targets(hr)`; interval_weight: of the terms that only every so many-th step
-    computes. -> the LOGGED values, whose ratio is that of the adversarial to the pixel gradient,
-    before trainer.max_ratio bounds it.
+    `trainer.loss.targets(hr)`; interval_weight: weight of the terms that only every
+    LAZY_INTERVAL-th step computes. -> the LOGGED values, whose ratio is that of the adversarial to
+    the pixel gradient, before trainer.max_ratio bounds it.
     """
     loss, logged = trainer.loss, {}
     scale = 1.0
@@ -94,10 +94,10 @@ def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_wei
 
 
 def discriminator_step(trainer, sr, hr, logged, scale):
-    """The game against D: its gradients -> the gradient of beta L_GAN at `sr`, a leaf.
+    """Backward pass of D's loss -> the gradient of beta L_GAN at `sr`, a leaf.
 
     Adds the gradient of D's loss to D's parameters, and the terms to `logged`. One pass of D over
-    the fakes serves both sides (see `discriminator_batches`). scale: a GradScaler's, which D's
+    the fakes serves both losses (see `discriminator_batches`). scale: a GradScaler's, which D's
     gradients keep and the result does not.
     """
     kind, logits, gradients = trainer.loss.gan_loss, [], []
@@ -180,7 +180,9 @@ def batch_targets(trainer, keys, hr):
     targets = {}
     if new:  # put together of slices: a list of indices would make a GPU wait
         images = torch.cat([hr[i:i + 1] for i in new])
-        targets = dict(zip(new, split_targets(trainer.loss.targets(images), len(new))))
+        columns = trainer.loss.targets(images)
+        targets = {i: tuple(None if column is None else column[k:k + 1] for column in columns)
+                   for k, i in enumerate(new)}
     for i, key in enumerate(keys):
         if key is not None:
             if key not in cache:
@@ -188,12 +190,6 @@ def batch_targets(trainer, keys, hr):
             targets[i] = cache[key]
     return [None if column[0] is None else torch.cat(column)
             for column in zip(*(targets[i] for i in range(len(keys))))]
-
-
-def split_targets(targets, n):
-    """(VGG features, embeddings) of a batch of n -> the same of each image by itself."""
-    return [tuple(None if column is None else column[i:i + 1] for column in targets)
-            for i in range(n)]
 
 
 def validation_discriminator(trainer):
@@ -226,14 +222,14 @@ def dead_discriminator(row, args):
     gap, ratio = row["Score_D"] - row["Score_G"], row["Gradient_ratio"]
     updates = row.get("D_updates", math.inf)  # rows of older runs do not tell
     undone = [name for name in ("cross_entropy", "mixed_batches", "slow_d") if name in args.without]
-    if gap >= 0.01 and ratio < 1e-4:  # D tells them apart, but SR hears nothing of it
-        advice = ["it with cross_entropy"] * ("cross_entropy" in undone) + ["a larger --beta"]
-        advice += ["a lower --lr_d"] * (gap > 0.9)
-        return (f"warning: epoch {row['Epoch']}: the discriminator is not heard: D(x) - D(G(z)) is "
-                f"{gap:.4f}, but its gradient at SR is {ratio:.1e} of the pixel gradient, so the "
-                f"adversarial term teaches nothing. Try {', or '.join(advice)}")
+    if gap >= 0.01 and ratio < 1e-4:  # D tells them apart, but its gradient at SR vanishes
+        advice = ["leaving cross_entropy out of --without"] * ("cross_entropy" in undone)
+        advice += ["a larger --beta"] + ["a lower --lr_d"] * (gap > 0.9)
+        return (f"warning: epoch {row['Epoch']}: the discriminator's gradient is negligible: "
+                f"D(x) - D(G(z)) is {gap:.4f}, but at SR it is {ratio:.1e} of the pixel gradient, "
+                f"so the adversarial term teaches nothing. Try {', or '.join(advice)}")
     if gap < 0.01 and updates >= MATURE_D:
-        advice = [f"it with {' and '.join(undone)} (--without names them)"] * bool(undone)
+        advice = [f"leaving {' and '.join(undone)} out of --without"] * bool(undone)
         advice += ["a higher --lr_d", "more steps: a larger --num_epochs"]
         return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
                 f"{gap:.4f} after {updates:.0f} updates of D. It cannot tell real from generated "
@@ -245,7 +241,7 @@ def dead_discriminator(row, args):
 def check_finite(history, epoch, scaled=False):
     """Raise InputError naming epoch, step and term of the first loss that is not finite.
 
-    scaled: a GradScaler passes over a step whose gradients overflowed, so the ratio may be inf.
+    scaled: a GradScaler skips a step whose gradients overflowed, so the ratio may be inf.
     """
     losses = history[:, :LOGGED.index("ratio")] if scaled else history
     bad = losses.isinf().nonzero().tolist()
@@ -263,8 +259,8 @@ def check_weights(trainer, progress):
     for name, network in (("generator", trainer.netG), ("discriminator", trainer.netD),
                           ("generator's average", trainer.average)):
         if not checkpoints.all_finite(network):
-            raise InputError(f"epoch {progress['epoch']}, step {progress['step']}: its update made "
-                             f"weights of the {name} that are not finite; {NOT_FINITE}")
+            raise InputError(f"epoch {progress['epoch']}, step {progress['step']}: the update made "
+                             f"weights of the {name} infinite or NaN; {NOT_FINITE}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -367,8 +363,8 @@ def set_rates(trainer, args):
             group.update(initial_lr=rate, lr=rate * factor)
     rate = trainer.optimizerG.param_groups[0]["lr"]
     if rate > 1.01 * before:
-        log(f"the generator's rate goes up from {before:.2g} to {rate:.2g}, where the schedule of "
-            f"{args.num_epochs} epochs has it; --lr {before:.2g} --without cosine would hold it")
+        log(f"the generator's rate goes up from {before:.2g} to {rate:.2g}: the half cosine is "
+            f"stretched to {args.num_epochs} epochs; --lr {before:.2g} --without cosine holds it")
     beta1 = 0.9 if "slow_d" in args.without else BETA1_D
     for group in trainer.optimizerD.param_groups:
         group["betas"] = beta1, 0.999

@@ -5,6 +5,7 @@ their end instead of in a legend.
 """
 
 import os
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,8 @@ def check_ours(paths, flag="--out_dir"):
     """
     for path in filter(os.path.lexists, map(Path, paths)):
         if not (path.is_file() and is_marked(path)):
-            raise InputError(f"{path} is not of this script and stays as it is; move it, or choose "
-                             f"another {flag}")
+            raise InputError(f"{path} was not written by this project and is not overwritten; move "
+                             f"it, or choose another {flag}")
 
 
 def is_marked(path):
@@ -180,7 +181,7 @@ def draw_line(axes, x, y, style):
 def label_ends(axes, ends):
     """Write texts beside the axes, each as near to its point's height as the others allow.
 
-    ends: (x, y, text, colour), x and y in data coordinates; NaN is passed by. The limits of the
+    ends: (x, y, text, colour), x and y in data coordinates; NaN is skipped. The limits of the
     axes must be final.
     """
     axes.autoscale_view()  # matplotlib puts this off until it draws
@@ -329,7 +330,7 @@ def save_sweep(table, path):
             panel, ends = axes[f"{name} {measure}"], []
             panel.axhline(0, color="0.4", linewidth=0.8)
             panel.set_xlabel(words[name], fontsize=8)
-            for model, style in zip(table["model"].unique()[1:], STYLES):
+            for model, style in zip(table["model"].unique()[1:], cycle(STYLES)):
                 rows = table[(table["sweep"] == name) & (table["model"] == model)]
                 rows = rows.sort_values("value")
                 x, y = draw_line(panel, rows["value"], rows[f"{measure}_gain"], style)

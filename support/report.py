@@ -38,12 +38,12 @@ for (const figure of document.querySelectorAll("figure")) {
 """
 
 
-def save_report(path, note, sections, sweep=None):
+def save_report(path, sections, sweep=None):
     """Write the page, which needs no other file and no network.
 
-    note: what measured; sections: for each framing (name, (head, rows) of the table of texts,
-    lines on differences, rows of pictures as `figures.save_comparison` has them, whose first is LR
-    and whose captions are empty or "cos ..."); sweep: path of sweep.png.
+    sections: for each framing (name, (head, rows) of the table of texts, notes on what was
+    measured, lines on differences, rows of pictures as `figures.save_comparison` has them, whose
+    first is LR and whose captions are empty or "cos ..."); sweep: path of sweep.png.
     """
     parts = [section(*parts) for parts in sections]
     if sweep:
@@ -52,12 +52,12 @@ def save_report(path, note, sections, sweep=None):
     body = "\n".join(parts)
     save_text(f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
               f"<title>Evaluation</title>\n<style>{STYLE}</style></head>\n<body>\n"
-              f"<h1>Evaluation</h1>\n<p>{escape(note)}</p>\n{body}\n"
+              f"<h1>Evaluation</h1>\n{body}\n"
               f"<script>{SCRIPT}</script>\n</body>\n</html>\n", path)
 
 
-def section(framing, table, differences, pictures):
-    """One framing as HTML: its table, the paired differences, the faces with their sliders."""
+def section(framing, table, notes, differences, pictures):
+    """One framing as HTML: its table and notes, paired differences, faces with their sliders."""
     head, rows = table
     # an interval below its value: all columns fit a page of 1280 px
     cells = ["".join(f"<{tag}>{escape(text).replace(' [', '<br>[')}</{tag}>" for text in row)
@@ -65,6 +65,7 @@ def section(framing, table, differences, pictures):
     names = ["LR", *(row[0] for row in rows)]
     return "\n".join([
         f"<h2>{escape(framing)}</h2>", "<table>", *(f"<tr>{row}</tr>" for row in cells), "</table>",
+        *(f"<p>{escape(note)}</p>" for note in notes),
         "<ul>", *(f"<li>{escape(line)}</li>" for line in differences), "</ul>",
         "<p>Best, median and worst face by the last model's cosine; move the slider.</p>",
         '<div class="faces">', *(face(row, names) for row in pictures), "</div>"])

@@ -16,7 +16,7 @@ RATES = ("rank1", "rank5", "auc", "tar_at_far_1")
 
 
 def is_distance(metric):
-    """Whether a metric is a judge's distance: lower is better, NaN where it sees no face."""
+    """Whether a metric is dlib's distance: lower is better, NaN where it finds no face."""
     return metric.startswith("distance")
 
 
@@ -52,8 +52,7 @@ def summarise(per_image, vectors, seed):
     """One row per model: means with their 95 % intervals, the pooled PSNR-Y, recognition.
 
     Pooled is the report's way: the PSNR of the mean squared error over all images. Every metric
-    leaves out the same images for all models (`left_out`); n_dlib: those that a judge of distances
-    counts.
+    leaves out the same images for all models (`left_out`); n_dlib: those that dlib counts.
     """
     rows = []
     for name, table in per_image.groupby("model", sort=False):
@@ -77,7 +76,7 @@ def summarise(per_image, vectors, seed):
 
 
 def rates_of(vectors, model, metric, seed):
-    """`recognition` of a model's faces among HR's; of a judge of distances, of those it sees."""
+    """`recognition` of a model's faces among HR's; dlib's, of those that it finds."""
     probes, gallery = vectors[model, metric], vectors["HR", metric]
     if is_distance(metric):
         seen = np.isfinite(gallery).all(1)
@@ -90,8 +89,8 @@ def rates_of(vectors, model, metric, seed):
 def differences(per_image, seed):
     """Every pair of models, metric by metric: the mean paired difference with its interval.
 
-    p: of the bootstrap, p_holm: corrected for all comparisons of the metric; below 0.05 the
-    difference is called larger than chance.
+    p: of random sign flips, p_holm: corrected for all comparisons of the metric; below 0.05 the
+    difference is called significant.
     """
     names = [m for m in per_image["model"].unique() if m != "HR"]
     rows = []
@@ -111,17 +110,17 @@ def differences(per_image, seed):
 
 
 def correct(pairs):
-    """`differences`, or some of them, with p_holm and larger_than_chance for just these."""
+    """`differences`, or some of them, with p_holm and significant for just these."""
     p_holm = pairs.groupby("metric")["p"].transform(holm)
-    return pairs.assign(p_holm=p_holm, larger_than_chance=p_holm < LEVEL)
+    return pairs.assign(p_holm=p_holm, significant=p_holm < LEVEL)
 
 
 def verdict(pair):
     """A row of `differences` in words."""
-    if not pair.larger_than_chance:
-        return "within chance"
+    if not pair.significant:
+        return "not significant"
     is_better = (pair.difference > 0) != is_distance(pair.metric)
-    return "better beyond chance" if is_better else "worse beyond chance"
+    return "significantly better" if is_better else "significantly worse"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -132,6 +131,8 @@ def with_interval(row, column, digits):
     """A cell: the value and its interval; a dash for what is none, as HR's PSNR-Y with itself."""
     if not np.isfinite(row[column]):
         return "-"
+    if np.isnan(row[f"{column}_low"]):  # of a single image
+        return f"{row[column]:.{digits}f}"
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(
         *(row[f"{column}{end}"] for end in ("", "_low", "_high")), d=digits)
 
@@ -172,8 +173,9 @@ def difference_lines(pairs):
              f"{p.high:+.4f}], p {p.p_holm:.4f}, {verdict(p)}" for p in pairs.itertuples()]
     if lines:
         of_each = len(pairs) // pairs["metric"].nunique()
-        lines += ["", f"p: of {RESAMPLES:,} paired bootstrap samples, corrected by Holm for the "
-                      f"{of_each} comparison(s) of each metric; beyond chance: p < {LEVEL}"]
+        lines += ["", f"p: of {RESAMPLES:,} random sign flips of the paired differences, corrected "
+                      f"by Holm for the {of_each} comparison(s) of each metric; significant: p < "
+                      f"{LEVEL}"]
     return "\n".join(lines) + "\n" * bool(lines)
 
 
@@ -214,8 +216,9 @@ def write_tables(folder, tables, labels, pictures):
         lines = difference_lines(pairs)
         text += f"## {framing}\n\n{markdown(summary, labels)}\n"
         text += "".join(f"{remark}\n\n" for remark in remarks(per_image)) + f"{lines}\n"
+        notes = [words_of(summary, labels), *remarks(per_image)]
         shown = [line.removeprefix("- ") for line in lines.splitlines() if line]
-        sections.append((framing, cells(summary), shown, pictures[framing]))
+        sections.append((framing, cells(summary), notes, shown, pictures[framing]))
     checkpoints.save_text(text, folder / "summary.md")
     print(text, end="")
     return sections

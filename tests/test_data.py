@@ -247,12 +247,12 @@ def test_mixed_crops(tmp_path):
         step = (across[0, -1] - across[0, 0]) / 23 / 2
         assert step == pytest.approx((down[-1, 0] - down[0, 0]) / 23 / 2, abs=0.05)
         steps.append(1 / step)
-        assert dataset.repeats[index] == (equal(hr[0, 0, :2], [32, 32])
+        assert dataset.centered[index] == (equal(hr[0, 0, :2], [32, 32])
                                           and dataset.scales[index] == 1 and bool(step == 1))
-        assert (dataset.keys([index]) == [(index, False)]) == dataset.repeats[index]
+        assert (dataset.cache_keys([index]) == [(index, False)]) == dataset.centered[index]
     steps = np.array(steps)
     assert np.sum(steps != 1) / 400 == pytest.approx(data_utils.MIX["rescaled"], abs=0.06)
-    assert np.mean(dataset.repeats) == pytest.approx(data_utils.MIX["center"], abs=0.05)
+    assert np.mean(dataset.centered) == pytest.approx(data_utils.MIX["center"], abs=0.05)
     assert np.mean(dataset.recoloured) == pytest.approx(data_utils.MIX["recoloured"], abs=0.05)
     low, high = data_utils.SCALES
     assert low - 0.02 <= steps.min() < low + 0.1 and high - 0.1 < steps.max() <= high + 0.05
@@ -284,12 +284,12 @@ def test_a_centre_crop_in_training_is_validations(tmp_path):
     train = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed")
     expected = levels(ValidDatasetFromFolder(tmp_path, 32, 8)[0][2])
     train.set_epoch(1)
-    assert 0 < train.repeats.sum() < 20
-    for index in np.flatnonzero(train.repeats):
+    assert 0 < train.centered.sum() < 20
+    for index in np.flatnonzero(train.centered):
         assert equal(train.crop(index), expected)
     uncached = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed", cache_gb=0)
     uncached.set_epoch(1)
-    assert set(uncached.keys(range(40))) == {None}
+    assert set(uncached.cache_keys(range(40))) == {None}
 
 
 def test_mirrored_crops_are_the_others_in_a_mirror(tmp_path):
@@ -355,6 +355,9 @@ def test_cache_limit(tmp_path):
     need = 2 * 3 * 32 ** 2 / 2 ** 30  # two crops of 32 px, 8-bit RGB
     assert TrainDatasetFromFolder(tmp_path, 32, 8, cache_gb=need).cached
     assert not TrainDatasetFromFolder(tmp_path, 32, 8, cache_gb=need * 0.999).cached
+    # mirrored pictures lie beside the others
+    assert TrainDatasetFromFolder(tmp_path, 32, 8, cache_gb=2 * need, flips=True).cached
+    assert not TrainDatasetFromFolder(tmp_path, 32, 8, cache_gb=1.999 * need, flips=True).cached
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import nn
 import evaluate
 from data_utils import ValidDatasetFromFolder
 from model import Generator
-from support import checkpoints, tables
+from support import checkpoints, report, tables
 from support.cli import InputError, run_script
 from support.portraits import synthetic_portraits
 from support.statistics import bootstrap
@@ -226,13 +226,13 @@ def test_differences_are_paired_by_image():
     gain = rows.loc["b", "a", "psnr_y"]
     for column in ("difference", "low", "high"):
         assert gain[column] == pytest.approx(0.5)
-    assert gain["larger_than_chance"] and not rows.loc["b", "a", "ssim"]["larger_than_chance"]
+    assert gain["significant"] and not rows.loc["b", "a", "ssim"]["significant"]
     values = c["psnr_y"].to_numpy() - a["psnr_y"].to_numpy()
     noise = rows.loc["c", "a", "psnr_y"]
     assert noise["difference"] == pytest.approx(values.mean())
     half = 1.96 * values.std() / np.sqrt(30)
     assert noise["high"] - noise["low"] == pytest.approx(2 * half, rel=0.1)
-    assert noise["larger_than_chance"] == (abs(values.mean()) > half)
+    assert noise["significant"] == (abs(values.mean()) > half)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -372,14 +372,14 @@ def test_one_flat_picture_does_not_decide(capsys):
                      for t in (table, plain))
     pd.testing.assert_series_equal(row, expected)
     flat = tables.differences(table[table["image"] == "0.png"], 0)
-    assert not flat["larger_than_chance"].any()
+    assert not flat["significant"].any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_difference_that_is_no_number_is_within_chance(value):
+def test_a_difference_that_is_no_number_is_not_significant(value):
     a = pd.DataFrame({"model": "a", "image": ["1", "2"], "psnr_y": 20.0, "cosine": [0.5, 0.6]})
     table = tables.differences(pd.concat([a, a.assign(model="b", cosine=[0.7, value])]), 0)
-    assert not table["larger_than_chance"].any()
+    assert not table["significant"].any()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -675,7 +675,8 @@ def test_names_of_any_bytes(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, part", [("data", "among photographs"),
-                                        ("data/new", "among photographs"), ("out", "not of this")])
+                                        ("data/new", "among photographs"),
+                                        ("out", "not overwritten")])
 def test_the_users_pictures_are_not_written_over(checkpoint, tmp_path, name, part):
     data = save_portraits(tmp_path / "data", [(40, 40)])
     (tmp_path / "out").mkdir()
@@ -767,7 +768,7 @@ def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_pa
     Image.new("RGB", (12, 10)).save(users)
     before = {path: path.read_bytes() for path in lr.rglob("*.png")}
     (lr / "crop_32" / "face_0.png").unlink()
-    with pytest.raises(InputError, match=f"{users} is not of .* another --export_lr"):
+    with pytest.raises(InputError, match=f"{users} was not written .* another --export_lr"):
         evaluate.main([*rest, "--export_lr", str(lr)])
     assert before.items() > {path: path.read_bytes() for path in lr.rglob("*.png")}.items()
     users.unlink()
@@ -778,3 +779,52 @@ def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_pa
     Image.new("RGB", (48, 40)).save(data / "face_1.jpg")
     with pytest.raises(InputError, match="face_1.* differ in their suffix alone"):
         evaluate.main([*rest, "--export_lr", str(lr)])
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--crop_size", "40", "--shift", "1"], "smaller than the crop of 44 px"),
+    (["--crop_size", "0", "--shift", "8"], "smaller than the crop of 144 px"),
+    (["--crop_size", "3"], "--crop_size 3: must be 4 or more, or 0 for whole frames"),
+    (["--crop_size", "300"], "--crop_size: takes 300 px of photographs that are reduced to 256"),
+    (["--crop_size", "252", "--shift", "4"], "--crop_size and --shift: takes 260 px"),
+])
+def test_a_crop_that_leaves_the_photographs_is_refused(checkpoint, tmp_path, flags, said):
+    data = save_portraits(tmp_path / "data", [(40, 40)])
+    with pytest.raises(InputError, match=said):
+        evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data), "--device", "cpu",
+                       "--out_dir", str(tmp_path / "out"), *flags])
+
+
+def test_a_flat_picture_leaves_the_sweep_its_gains(checkpoint, tmp_path):
+    """Bicubic restores it exactly: an infinite PSNR-Y, which is left out of either mean."""
+    data = save_portraits(tmp_path / "data", [(48, 48)] * 2)
+    args = evaluate.parse(["--crop_size", "32", "--shift", "0"])
+
+    def gains():
+        models, factor = evaluate.load_models(evaluate.parse(["--checkpoint", str(checkpoint)]),
+                                              CPU)
+        table = evaluate.sweep(models, ValidDatasetFromFolder(data, 32, factor), args, Embedder(),
+                               CPU, evaluate.nullcontext)
+        return table.set_index("model")[["psnr_y", "psnr_y_gain"]].to_numpy()
+
+    expected = gains()
+    Image.new("RGB", (48, 48), "white").save(data / "flat.png")
+    np.testing.assert_allclose(gains(), expected)
+
+
+def test_each_framing_has_its_own_notes(tmp_path, monkeypatch):
+    """dlib finds other faces in whole frames than in crops: each page section says of how many."""
+    monkeypatch.setattr(tables, "rates_of", lambda *_: {})
+    found = {}
+    for framing, unseen in (("crop_16", ["0.png"]), ("whole_frames", [])):
+        images = [f"{i}.png" for i in range(4)]
+        one = pd.DataFrame({"model": "a", "image": images, "psnr_y": 20.0, "ssim": 0.5,
+                            "cosine": 0.5, "distance_dlib": 0.4})
+        one.loc[one["image"].isin(unseen), "distance_dlib"] = np.nan
+        found[framing] = one, tables.summarise(one, {}, 0), tables.differences(one, 0)
+    labels = {"cosine": "tiny", "distance_dlib": "dlib"}
+    sections = tables.write_tables(tmp_path, found, labels, dict.fromkeys(found, []))
+    report.save_report(tmp_path / "report.html", sections)
+    crops, frames = (tmp_path / "report.html").read_text().split("<h2>")[1:]
+    assert "of the 3 photographs" in crops and "1 of 4: 0.png" in crops
+    assert "of the 4 photographs" in frames and "left out" not in frames

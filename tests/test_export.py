@@ -102,7 +102,7 @@ def test_a_package_that_is_missing_is_named(network, tmp_path, monkeypatch, kind
 def test_a_file_of_another_kind_is_not_replaced(network, tmp_path, monkeypatch, kind, suffix):
     path = tmp_path / "face.png"
     path.write_bytes(b"the user's")
-    with pytest.raises(InputError, match=f"--export {path}: .* stays .* {suffix}"):
+    with pytest.raises(InputError, match=f"--export {path}: .* no {suffix} file.* not overwritten"):
         exported(network, kind, path)
     assert path.read_bytes() == b"the user's"
     path = path.rename(tmp_path / f"generator{suffix}")

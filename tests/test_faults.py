@@ -213,7 +213,7 @@ def test_pictures_of_others_are_not_written_over(faces, tmp_path, name):
     path.parent.mkdir(exist_ok=True)
     path.write_text("the user's")
     for more in ((), ("--overwrite",)):
-        assert f"{path} is not of this script" in refused(flags(faces, tmp_path, *more))
+        assert f"{path} was not written by this project" in refused(flags(faces, tmp_path, *more))
     assert contents(tmp_path) == {name: b"the user's"}
     figures.save_image(Image.new("L", (1, 1)), path)  # of a run whose last.pt is gone
     assert "--overwrite" in refused(flags(faces, tmp_path))
@@ -241,7 +241,7 @@ def test_batchnorm_statistics_count_as_weights(poisoned, name):
     progress = {"epoch": 1, "step": 2}
     training_step.check_weights(trainer, progress)
     next(buffer for buffer in getattr(trainer, poisoned).buffers()).fill_(math.inf)
-    with pytest.raises(InputError, match=f"epoch 1, step 2: .* of the {name} that"):
+    with pytest.raises(InputError, match=f"epoch 1, step 2: .* of the {name} infinite or NaN"):
         training_step.check_weights(trainer, progress)
 
 
@@ -474,6 +474,23 @@ def test_ctrl_c_at_the_start_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(main)
     assert stop.value.code == 130 and capsys.readouterr().err == "error: stopped by Ctrl-C\n"
+
+
+def test_a_gpu_without_memory_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--batch_size" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--num_epoch", "--overw", "--res"])
+def test_a_flag_is_written_out(flag, tmp_path):
+    """A part of one would reach train_identity.py through ablation.py, which sets it itself."""
+    with pytest.raises(InputError, match=f"unrecognized arguments: {flag}"):
+        train_identity.parse([flag, "3"])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -170,6 +170,16 @@ def test_each_picture_says_who_wrote_it_and_nothing_of_when(tmp_path, faces):
     figures.check_ours([tmp_path / "none.png", tmp_path / f"{'a' * 300}.png"])
 
 
+def test_every_model_of_a_sweep_is_drawn(tmp_path):
+    models = ["bicubic", *(f"net{i}" for i in range(2 * len(figures.STYLES)))]
+    sweep = pd.DataFrame({"sweep": "shift", "value": 1, "model": models,
+                          **dict.fromkeys(["psnr_y_gain", "ssim_gain", "cosine_gain"],
+                                          range(len(models)))})
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figures.save_sweep(sweep, tmp_path / "sweep.svg")
+    assert written(tmp_path / "sweep.svg") >= set(models)
+
+
 def test_what_others_wrote_is_named(tmp_path, faces):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
@@ -179,7 +189,7 @@ def test_what_others_wrote_is_named(tmp_path, faces):
     Image.open(tmp_path / "ours.png").save(tmp_path / "edited.png")
     for path in tmp_path.iterdir():
         if path.name != "ours.png":
-            with pytest.raises(InputError, match=f"{path.name} is not of .* another --flag"):
+            with pytest.raises(InputError, match=f"{path.name} was not .* another --flag"):
                 figures.check_ours([tmp_path / "ours.png", path], "--flag")
 
 

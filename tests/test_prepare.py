@@ -209,7 +209,7 @@ def test_a_stopped_run_goes_on(tmp_path, faces, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_celeba_hq, "replacing", killed)
-        with pytest.raises(InputError, match="the same command goes on"):
+        with pytest.raises(InputError, match="run the same command again"):
             prepare(source, out, 6, 3)
     assert 0 < len(list(out.glob("*/*.png"))) < 9
     stem = Path(manifest(out)[0]["file"]).stem
@@ -270,7 +270,7 @@ def test_names_of_any_bytes(tmp_path, faces, capsys):
     (source / "broken\udce9.jpg").write_bytes(b"no picture")
     for _ in range(2):
         run_script(lambda: prepare(source, tmp_path / "data", 3, 2))
-    assert "passed by: in/broken\\udce9.jpg: not a picture of a known format" in (
+    assert "skipped: in/broken\\udce9.jpg: not a picture of a known format" in (
         capsys.readouterr().out)
     assert (tmp_path / "data" / "manifest.csv").read_bytes().count(b"caf\xe9.png") == 1
     assert len(list((tmp_path / "data").glob("*/caf*.png"))) == 1
@@ -312,8 +312,8 @@ def test_what_cannot_be_used_is_named_and_replaced(tmp_path, faces, capsys):
     capsys.readouterr()
     prepare(source, out, 6, 2)
     output = capsys.readouterr().out
-    assert f"passed by: in/{broken[0]}: image file is truncated" in output
-    assert f"passed by: in/{broken[1]}: 255x300 px is smaller than 256 px" in output
+    assert f"skipped: in/{broken[0]}: image file is truncated" in output
+    assert f"skipped: in/{broken[1]}: 255x300 px is smaller than 256 px" in output
     before, after = split_of(tmp_path / "before"), split_of(out)
     assert not set(broken) & set(after)
     assert Counter(after.values()) == {"train": 6, "valid": 2}

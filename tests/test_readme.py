@@ -1,6 +1,6 @@
 """Every command of the README, in its order, on tiny inputs.
 
-A minute long, so .ci/run asks for it (`pytest -m readme`) and runs the two of "Quick start" itself.
+A minute long, so .ci/run asks for it (`pytest -m readme`) and runs the two of "Install" itself.
 """
 
 import importlib

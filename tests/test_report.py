@@ -53,7 +53,7 @@ def page(tmp_path):
     table = ["model", "psnr_y"], [[name, "27.00 [26.00, 28.00]"] for name in NAMES]
     pictures[0].save(tmp_path / "sweep.png")
     path = tmp_path / "report.html"
-    report.save_report(path, "PSNR-Y in dB", [("crop_16", table, ["netG - bicubic: +1"], rows)],
+    report.save_report(path, [("crop_16", table, ["PSNR-Y in dB"], ["netG - bicubic: +1"], rows)],
                        tmp_path / "sweep.png")
     return path, pictures
 
