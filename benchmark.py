@@ -36,6 +36,7 @@ import train_identity
 import training_step
 from data_utils import CROPS, TrainDatasetFromFolder, ValidDatasetFromFolder
 from loss_identity import adversarial_loss, embed, fake_loss, pixel_loss, real_loss
+from model import back_project
 from support import checkpoints, figures
 from support.cli import InputError, Parser, check_named, positive, run_script
 from support.fast_layers import PReLU
@@ -53,7 +54,7 @@ def plain_generator(netG, lr):
     for block in netG.upsample:
         x = F.pixel_shuffle(block(x), 2)
     x = F.conv2d(x, netG.last.weight, netG.last.bias, padding=4)
-    return (torch.tanh(x) + 1) / 2
+    return back_project((torch.tanh(x) + 1) / 2, lr)
 
 
 def reference_step(trainer, lr, hr):

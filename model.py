@@ -52,11 +52,12 @@ class Generator(nn.Module):
 
     `scale_factor` s is a power of two from 2 up and takes log2(s) sub-pixel blocks: three at the
     report's 8x. `icnr` starts each sub-pixel convolution as a nearest-neighbour upsampling
-    (Aitken et al. 2017), so that no checkerboard has to be unlearned. Raises ValueError on
-    another factor.
+    (Aitken et al. 2017), so that no checkerboard has to be unlearned. `back_projection`: whether
+    SR is corrected by `back_project`, of which the state dict tells by an entry of that name.
+    Raises ValueError on another factor.
     """
 
-    def __init__(self, scale_factor, icnr=True):
+    def __init__(self, scale_factor, icnr=True, back_projection=True):
         super().__init__()
         if scale_factor < 2 or scale_factor & (scale_factor - 1):
             raise ValueError(f"scale_factor must be 2, 4, 8, ...; got {scale_factor}")
@@ -67,6 +68,7 @@ class Generator(nn.Module):
         self.upsample = nn.ModuleList(
             [UpsampleBlock(64) for _ in range(int(math.log2(scale_factor)))])
         self.last = SubPixelConv2d(64, 3, 9, padding=4)
+        self.register_buffer("back_projection", torch.zeros(()) if back_projection else None)
         if icnr:
             for block in self.upsample:
                 icnr_(block.conv.weight)
@@ -80,9 +82,11 @@ class Generator(nn.Module):
         x = self.first(lr)                              # (N, 64, h, w)
         x = x + self.skip(self.residual(x))             # (N, 64, h, w), the long skip
         if checkpoint_chunk:
-            return torch.cat([checkpoint(self.enlarge, part, use_reentrant=False)
-                              for part in x.split(checkpoint_chunk)])
-        return self.enlarge(x)
+            sr = torch.cat([checkpoint(self.enlarge, part, use_reentrant=False)
+                            for part in x.split(checkpoint_chunk)])
+        else:
+            sr = self.enlarge(x)
+        return sr if self.back_projection is None else back_project(sr, lr)
 
     def enlarge(self, x):
         """The part without BatchNorm: (N, 64, h, w) -> SR (N, 3, s*h, s*w)."""
@@ -117,6 +121,19 @@ class Discriminator(nn.Module):
 def probability(logits):
     """D(x): the probability in [0, 1] that the discriminator gives to "real"."""
     return torch.sigmoid(logits)
+
+
+def back_project(sr, lr):
+    """SR plus what its reduction lacks of LR: (N, 3, s*h, s*w), (N, 3, h, w) -> like sr, in [0, 1].
+
+    One step of back-projection (Irani and Peleg, "Improving resolution by image registration",
+    1991): LR tells the coarse colours of SR exactly, so none of them need be guessed. Bicubic and
+    antialiased like `data_utils.downscale`.
+    """
+    def resize(images, like):
+        return F.interpolate(images, size=like.shape[2:], mode="bicubic", antialias=True)
+
+    return (sr + resize(lr - resize(sr, lr), sr)).clamp(0, 1)
 
 
 @torch.no_grad()

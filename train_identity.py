@@ -50,6 +50,7 @@ DEPARTURES = {
     "cosine": "the generator's rate falls along a half cosine to a twentieth",
     "flips": "half of the pictures are mirrored, anew in each epoch",
     "icnr": "sub-pixel convolutions start as plain upsampling, without a checkerboard",
+    "back_projection": "SR is corrected by what its reduction to LR's size lacks of LR",
     "ema": "a moving average of the generator is validated and saved",
     "stripe_filter": "the last convolution cannot draw lines that alternate from pixel to pixel",
     "cross_entropy": "-log D(G(z)); the gradient of 1 - D(G(z)) vanishes where D is sure",
@@ -58,8 +59,7 @@ DEPARTURES = {
     "slow_d": "D's Adam has a rate of 2.5e-5 (twice that in its first 64 updates) and beta1 0.5, "
               "so that D neither dies nor wins",
     "ratio_bound": "the adversarial gradient is at most as long as the pixel loss's",
-    "lazy": f"adversarial and perceptual terms in every {LAZY_INTERVAL}th step, at "
-            f"{LAZY_INTERVAL} times the weight",
+    "lazy": f"GAN and perceptual terms in every {LAZY_INTERVAL}th step, {LAZY_INTERVAL} times the weight",
     "fast_precision": "--precision auto, not fp32",
 }
 

@@ -301,14 +301,17 @@ def build_trainer(args, device, steps_per_epoch, world=1):
 
 def build_networks(trainer, args, device, world):
     """G, D, the average of G, and what several processes wrap around them."""
-    trainer.netG = Generator(args.upscale_factor, icnr="icnr" not in args.without)
+    trainer.netG = Generator(args.upscale_factor, "icnr" not in args.without,
+                             "back_projection" not in args.without)
     trainer.netD = Discriminator()
     if args.start and not args.resume:  # last.pt holds a resumed run's weights
         start = checkpoints.load_generator(args.start)
         if start.scale_factor != args.upscale_factor:
             raise InputError(f"{args.start}: is a {start.scale_factor}x generator; give "
                              f"--upscale_factor {start.scale_factor} or another --start")
-        trainer.netG.load_state_dict(start.state_dict())
+        weights = start.state_dict()
+        weights.pop("back_projection", None)  # this run's flags say whether there is one
+        trainer.netG.load_state_dict(weights, strict=False)
     trainer.stripe_filter = "stripe_filter" not in args.without
     if trainer.stripe_filter:
         remove_stripes_(trainer.netG.last.weight)

@@ -241,7 +241,8 @@ def load_generator(path):
     if not 1 <= n_upsample <= 6:
         raise InputError(f"{path}: not a checkpoint of the report's Generator "
                          f"({n_upsample} sub-pixel blocks)")
-    return _load_into(Generator(2 ** n_upsample), state, path)
+    netG = Generator(2 ** n_upsample, back_projection="back_projection" in state)
+    return _load_into(netG, state, path)
 
 
 def file_digest(path):
@@ -297,7 +298,7 @@ def load_blend(path_a, path_b, weight):
                          "they were not fine-tuned from the same --start generator")
     netG, other = load_generator(path_a), load_generator(path_b).state_dict()
     if netG.state_dict().keys() != other.keys():
-        raise InputError(f"{path_a} and {path_b} have different upscale factors")
+        raise InputError(f"{path_a} and {path_b} differ in upscale factor or back_projection")
     netG.load_state_dict({key: torch.lerp(value, other[key], weight)
                           if value.is_floating_point() else value
                           for key, value in netG.state_dict().items()})

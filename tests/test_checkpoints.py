@@ -447,5 +447,5 @@ def test_generators_without_a_shared_start_are_not_blended(start_a, start_b, tmp
 def test_generators_of_different_factors_are_not_blended(tmp_path):
     path_a, _ = make_run(tmp_path / "a", 1, "x")
     path_b, _ = make_run(tmp_path / "b", 2, "x", factor=4)
-    with pytest.raises(InputError, match="factors"):
+    with pytest.raises(InputError, match="upscale factor or back_projection"):
         checkpoints.load_blend(path_a, path_b, 0.5)

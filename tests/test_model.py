@@ -1,10 +1,19 @@
 """model.py against closed forms and the definitions of its layers."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from model import Discriminator, Generator, UpsampleBlock, probability, remove_stripes_
+from model import (
+    Discriminator,
+    Generator,
+    UpsampleBlock,
+    back_project,
+    probability,
+    remove_stripes_,
+)
 from support.fast_layers import PReLU, SubPixelConv2d
 from support.machine import autocast, fast_precision
 
@@ -26,13 +35,44 @@ def test_generator_enlarges_by_its_factor_into_0_1(factor):
 
 
 def test_generator_ends_in_a_tanh_brought_to_0_1():
-    generator = Generator(2).eval()
+    generator = Generator(2, back_projection=False).eval()
     with torch.no_grad():
         generator.last.weight.zero_()
         generator.last.bias.copy_(torch.tensor([-0.5, 0.0, 2.0]))
         sr = generator(torch.rand(1, 3, 4, 4))
     expected = (1 + torch.tensor([-0.5, 0.0, 2.0]).tanh()) / 2
     torch.testing.assert_close(sr, expected[None, :, None, None].expand_as(sr))
+
+
+def resized(images, width, height):
+    """Pillow's bicubic resampling of floats: (N, 3, H, W) -> (N, 3, height, width)."""
+    return torch.stack([torch.stack([
+        torch.from_numpy(np.array(Image.fromarray(channel.numpy()).resize((width, height),
+                                                                          Image.BICUBIC)))
+        for channel in image]) for image in images])
+
+
+def test_back_projection_by_pillow():
+    torch.manual_seed(0)
+    sr, lr = 0.4 + 0.2 * torch.rand(2, 3, 40, 48), 0.4 + 0.2 * torch.rand(2, 3, 5, 6)
+    expected = sr + resized(lr - resized(sr, 6, 5), 48, 40)
+    torch.testing.assert_close(back_project(sr, lr), expected, rtol=0, atol=1e-6)
+    # a wrong colour is put right, and what LR cannot tell stays
+    flat = torch.full((1, 3, 5, 6), 0.3)
+    lines = torch.tensor([0.1, -0.1]).repeat(24).expand(1, 3, 40, 48)
+    torch.testing.assert_close(back_project(torch.full_like(lines, 0.5) + lines, flat),
+                               0.3 + lines, rtol=0, atol=5e-3)
+    assert back_project(torch.zeros(1, 3, 8, 8), torch.full((1, 3, 1, 1), 2.0)).max() == 1
+
+
+def test_a_generator_projects_back_where_its_state_dict_says_so():
+    torch.manual_seed(0)
+    plain, corrected = Generator(4, back_projection=False).eval(), Generator(4).eval()
+    assert corrected.state_dict().keys() - plain.state_dict().keys() == {"back_projection"}
+    corrected.load_state_dict(plain.state_dict(), strict=False)
+    lr = torch.rand(2, 3, 5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(corrected(lr), back_project(plain(lr), lr))
 
 
 def test_checkpoint_chunkd_upsampling_changes_neither_output_nor_gradients():

@@ -428,7 +428,7 @@ def test_detect_writes_each_face_and_the_enlarged_photo(network, tmp_path, detec
     changed = np.abs(restored - lanczos).max(2)
     inside = np.zeros(changed.shape, bool)
     inside[201:347, 257:403] = True  # 3 * (91.2 -+ 24), 3 * (110 -+ 24), and a px for the turn
-    assert not changed[~inside].any() and changed[inside].mean() > 10
+    assert not changed[~inside].any() and changed[inside].mean() > 1
     assert changed[202, 258:402].mean() < 0.1 * changed[inside].mean()  # the soft edge
     line, = capsys.readouterr().out.splitlines()
     assert "(300x400) -> " in line and "p_restored.png (900x1200)" in line
