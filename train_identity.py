@@ -59,7 +59,7 @@ DEPARTURES = {
     "slow_d": "D's Adam has a rate of 2.5e-5 (twice that in its first 64 updates) and beta1 0.5, "
               "so that D neither dies nor wins",
     "ratio_bound": "the adversarial gradient is at most as long as the pixel loss's",
-    "lazy": f"GAN and perceptual terms in every {LAZY_INTERVAL}th step, {LAZY_INTERVAL} times the weight",
+    "lazy": f"all terms but pixel in every {LAZY_INTERVAL}th step, {LAZY_INTERVAL} times as heavy",
     "fast_precision": "--precision auto, not fp32",
 }
 
