@@ -54,7 +54,8 @@ def plain_generator(netG, lr):
     for block in netG.upsample:
         x = F.pixel_shuffle(block(x), 2)
     x = F.conv2d(x, netG.last.weight, netG.last.bias, padding=4)
-    return back_project((torch.tanh(x) + 1) / 2, lr)
+    sr = (torch.tanh(x) + 1) / 2
+    return sr if netG.back_projection is None else back_project(sr, lr)
 
 
 def reference_step(trainer, lr, hr):
