@@ -289,14 +289,14 @@ def load_blend(path_a, path_b, weight):
     """Network interpolation (Wang et al. 2018, ESRGAN sec. 3.4): (1 - weight) A + weight B.
 
     -> Generator in eval mode. Weights of networks with different pasts do not add up to a network,
-    so both runs must have been fine-tuned from the same generator (`--start`), which the
-    config.json beside each checkpoint tells. Raises InputError if they were not.
+    so both must have been fine-tuned from the same generator (`--start`), or one from the other,
+    which the config.json beside each checkpoint tells. Raises InputError if they were not.
     """
-    starts = [_start_of(path) for path in (path_a, path_b)]
-    if starts[0] is None or starts[0] != starts[1]:
+    netG, other = load_generator(path_a), load_generator(path_b).state_dict()
+    a, b = ({file_digest(path), _start_of(path)} - {None} for path in (path_a, path_b))
+    if not a & b:
         raise InputError(f"{path_a} and {path_b} cannot be blended: by the config.json beside them "
                          "they were not fine-tuned from the same --start generator")
-    netG, other = load_generator(path_a), load_generator(path_b).state_dict()
     if netG.state_dict().keys() != other.keys():
         raise InputError(f"{path_a} and {path_b} differ in upscale factor or back_projection")
     netG.load_state_dict({key: torch.lerp(value, other[key], weight)

@@ -444,6 +444,14 @@ def test_generators_without_a_shared_start_are_not_blended(start_a, start_b, tmp
     assert str(path_a) in str(error.value) and str(path_b) in str(error.value)
 
 
+def test_a_generator_is_blended_with_the_one_it_was_fine_tuned_from(tmp_path):
+    path_a, a = make_run(tmp_path / "a", 1, "x")
+    path_b, b = make_run(tmp_path / "b", 2, checkpoints.file_digest(path_a))
+    for paths in ((path_a, path_b), (path_b, path_a)):
+        blend = checkpoints.load_blend(*paths, 0.5).last.bias
+        torch.testing.assert_close(blend, (a["last.bias"] + b["last.bias"]) / 2)
+
+
 def test_generators_of_different_factors_are_not_blended(tmp_path):
     path_a, _ = make_run(tmp_path / "a", 1, "x")
     path_b, _ = make_run(tmp_path / "b", 2, "x", factor=4)
