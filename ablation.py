@@ -302,6 +302,19 @@ def wide(summary, pairs, last, weights):
     return pd.DataFrame(rows)
 
 
+def paired_intervals(table):
+    """`wide`'s configurations, each interval that of the paired difference, put at baseline's mean.
+
+    How much photographs differ from one another says nothing of how much configurations do.
+    """
+    table = table[table["gamma"].notna()].copy()
+    baseline = table[table["name"] == "baseline"].iloc[0]
+    for metric in ("psnr_y", "cosine"):
+        for end in ("low", "high"):
+            table[f"{metric}_{end}"] = baseline[metric] + table[f"{metric}_difference_{end}"]
+    return table
+
+
 # ---------------------------------------------------------------------------------------------
 # The script
 
@@ -380,8 +393,7 @@ def main(argv=None):
     checkpoints.save_text(report(args, words, summary, labels, pairs, last, weights),
                           folder / "ablation.md")
     blend = table[table["name"].str.startswith("blend ")].assign(weight=BLEND)
-    figures.save_tradeoff(table[table["name"].isin(weights)], curves, folder / "ablation.png",
-                          blend)
+    figures.save_tradeoff(paired_intervals(table), curves, folder / "ablation.png", blend)
     print(words, *map(sentence, pairs.itertuples()), sep="\n")
     print(f"wrote ablation.csv, ablation.md and ablation.png to {folder}/")
 

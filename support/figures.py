@@ -253,15 +253,15 @@ def save_curves(table, path):
 def save_tradeoff(table, curves, path, blend=None):
     """ablation.png: cosine against PSNR-Y, and both over the epochs.
 
-    table: a row per configuration, columns name, psnr_y, cosine and their 95 % intervals
-    psnr_y_low, psnr_y_high, cosine_low, cosine_high; curves: columns name, seed, epoch, psnr_y,
+    table: a row per configuration, columns name, psnr_y, cosine and the bars psnr_y_low,
+    psnr_y_high, cosine_low, cosine_high (NaN: none); curves: columns name, seed, epoch, psnr_y,
     cosine; blend: columns weight, psnr_y, cosine, the path between two configurations. The
     report's points have a small panel of their own, as they may lie far away, and show in the
     large one where they are near.
     """
     figure, axes = panels(
         [["trade", "psnr_y"]] * 3 + [["trade", "cosine"]] + [["report", "cosine"]] * 2, (13, 8),
-        {"trade": "identity against fidelity, with 95 % intervals",
+        {"trade": "identity against fidelity; bars: 95 % of the difference from baseline",
          "report": "the report's values, on CelebA-HQ",
          "psnr_y": "PSNR-Y (dB): mean over seeds (thin: each seed)",
          "cosine": "cosine: mean over seeds (thin: each seed)"})

@@ -332,6 +332,18 @@ def test_a_weight_that_training_refuses_is_refused_before_the_first_run(done):
     assert not (folder / "new").exists()
 
 
+def test_the_bars_are_of_paired_differences():
+    table = pd.DataFrame({
+        "name": ["bicubic", "baseline", "identity"], "gamma": [np.nan, 0, 0.6],
+        **{f"{metric}{end}": values for metric in ("psnr_y", "cosine") for end, values in (
+            ("", [1, 20, 18]), ("_low", [0, 10, 9]), ("_high", [2, 30, 29]),
+            ("_difference_low", [np.nan] * 2 + [-3]), ("_difference_high", [np.nan] * 2 + [-1]))}})
+    bars = ablation.paired_intervals(table).set_index("name")
+    assert list(bars.index) == ["baseline", "identity"]
+    assert bars.loc["identity", ["psnr_y_low", "cosine_high"]].tolist() == [17, 19]
+    assert bars.loc["baseline", ["psnr_y_low", "cosine_high"]].isna().all()
+
+
 def test_a_judge_is_called_by_its_files_whole_name():
     pair = SimpleNamespace(model="visual", metric="cosine_my_judge", difference=0.1, low=0.0,
                            high=0.2, by_seed=[0.1], significant=None)
