@@ -53,7 +53,7 @@ def plain_generator(netG, lr):
     x = x + netG.skip(netG.residual(x))
     for block in netG.upsample:
         x = F.pixel_shuffle(block(x), 2)
-    x = F.conv2d(x, netG.last.weight, netG.last.bias, padding=4)
+    x = F.conv2d(x, netG.last.weight, netG.last.bias, padding=4).float()
     sr = (torch.tanh(x) + 1) / 2
     return sr if netG.back_projection is None else back_project(sr, lr)
 

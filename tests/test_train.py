@@ -211,6 +211,12 @@ def test_no_step_launches_more_than_it_has_to():
     assert (run.chunk, run.checkpoint_chunk) == before
 
 
+def test_the_arithmetic_is_counted_in_any_precision():
+    flop = [benchmark.step_flop(run, lr[:1], hr[:1]) for run, lr, hr in (
+        small_run("--precision", precision) for precision in ("fp32", "bf16"))]
+    assert flop[0] == flop[1] > 1e9
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is managed otherwise")
 def test_freed_memory_is_kept():
     def resident():  # MiB
