@@ -342,7 +342,7 @@ def compare_people(args, models, factor, embedders, labels, device, context):
             continue
         files, *of_pairs = (files_of_pairs(args) if protocol == "pairs" else
                             files_of_gallery(source))
-        sizes = list(dict.fromkeys(valid_crop_size(size, factor) for size in args.crop_size))
+        sizes = usable_crop_sizes(args.crop_size, factor)
         dataset = ValidDatasetFromFolder(source, max(sizes), factor, args.cache_gb, files=files)
         for size in sizes:
             _, vectors = measure(models, dataset.framed(size), embedders, args.batch_size, device,
@@ -567,16 +567,21 @@ def sweep(models, dataset, args, embedder, device, context):
     return pd.DataFrame(rows)
 
 
+def usable_crop_sizes(wanted, factor):
+    """--crop_size, each rounded down to a multiple of the factor, which is said; none twice."""
+    sizes = [valid_crop_size(size, factor) for size in wanted]
+    for size, asked in zip(sizes, wanted):
+        if asked and not size:
+            raise InputError(f"--crop_size {asked}: must be {factor} or more, or 0 for whole "
+                             "frames")
+        if size != asked:
+            print(f"--crop_size {asked} is no multiple of {factor}: using {size}")
+    return list(dict.fromkeys(sizes))
+
+
 def load_dataset(args, factor):
     """The photographs, large enough for every --crop_size and --shift."""
-    sizes = [valid_crop_size(size, factor) for size in args.crop_size]
-    for size, wanted in zip(sizes, args.crop_size):
-        if wanted and not size:
-            raise InputError(f"--crop_size {wanted}: must be {factor} or more, or 0 for whole "
-                             "frames")
-        if size != wanted:
-            print(f"--crop_size {wanted} is no multiple of {factor}: using {size}")
-    args.crop_size = list(dict.fromkeys(sizes))
+    args.crop_size = usable_crop_sizes(args.crop_size, factor)
     room = max(args.crop_size)
     if args.shift:
         room = crop_to_shift(args) + 2 * max(map(abs, args.shift))

@@ -368,3 +368,9 @@ def test_results_lie_among_the_photographs_of_neither(people, tmp_path, tiny):
     with pytest.raises(InputError, match="lies in --data_dir .*among photographs"):
         evaluate.main(["--data_dir", str(people / "faces"), "--pairs", str(people / "pairs.txt"),
                        "--gallery", str(tmp_path), "--out_dir", str(people / "faces" / "out")])
+
+
+def test_a_crop_below_the_factor_is_no_whole_frame(people, tmp_path, tiny):
+    with pytest.raises(InputError, match="--crop_size 4: must be 8 or more, or 0 for whole frames"):
+        evaluate.main(["--gallery", str(people / "faces"), "--crop_size", "4", "--device", "cpu",
+                       "--out_dir", str(tmp_path / "out")])
