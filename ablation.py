@@ -155,8 +155,8 @@ def average_seeds(per_image, per_run, runs):
     for row, name in enumerate(summary["model"]):
         of_model = averaged[averaged["model"] == name]
         for metric in averaged.columns[2:]:
-            values = of_model[metric].replace(np.inf, np.nan).dropna()
-            low, high = bootstrap(values.to_numpy())
+            counted = ~of_model["image"].isin(tables.left_out(averaged, metric))
+            low, high = bootstrap(of_model[metric][counted].to_numpy())
             summary.loc[row, [f"{metric}_low", f"{metric}_high"]] = low, high
     return averaged, summary
 

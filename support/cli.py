@@ -40,14 +40,14 @@ def run_script(main):
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, of a GPU
-            print("error: the GPU has too little free memory; take a smaller --batch_size, or "
-                  "--device cpu", file=sys.stderr)
-            sys.exit(2)
-        if "DataLoader worker" not in str(error):  # PyTorch says so wherever the script is
+            what = ("the GPU has too little free memory; take a smaller --batch_size, or --device "
+                    "cpu")
+        elif "DataLoader worker" in str(error):  # PyTorch says so wherever the script is
+            what = ("a process that decodes photographs was killed, perhaps for want of memory; go "
+                    "on with --resume, and with a larger --cache_gb, which needs no such process")
+        else:
             raise
-        print("error: a process that decodes photographs was killed, perhaps for want of memory; "
-              "go on with --resume, and with a larger --cache_gb, which needs no such process",
-              file=sys.stderr)
+        print(f"error: {what}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("error: stopped by Ctrl-C", file=sys.stderr)

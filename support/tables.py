@@ -213,10 +213,10 @@ def write_tables(folder, tables, labels, pictures):
         whole = pd.concat([table[n].assign(framing=framing) for framing, table in tables.items()])
         checkpoints.save_csv(whole[["framing", *whole.columns[:-1]]], folder / f"{name}.csv")
     for framing, (per_image, summary, pairs) in tables.items():
-        lines = difference_lines(pairs)
+        lines, left = difference_lines(pairs), remarks(per_image)
         text += f"## {framing}\n\n{markdown(summary, labels)}\n"
-        text += "".join(f"{remark}\n\n" for remark in remarks(per_image)) + f"{lines}\n"
-        notes = [words_of(summary, labels), *remarks(per_image)]
+        text += "".join(f"{remark}\n\n" for remark in left) + f"{lines}\n"
+        notes = [words_of(summary, labels), *left]
         shown = [line.removeprefix("- ") for line in lines.splitlines() if line]
         sections.append((framing, cells(summary), notes, shown, pictures[framing]))
     checkpoints.save_text(text, folder / "summary.md")
