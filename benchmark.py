@@ -6,8 +6,8 @@
 Two training steps alternate, A/B/A/B, each in a process of its own (so that neither has the other's
 allocator settings, and each has its own peak of memory): the project's
 (`training_step.train_step`) and a reference with the structure of the report's published script:
-an extra generator and discriminator pass per step, targets computed anew, NCHW, fp32. Networks,
-losses and mathematics are the same; `tests/test_train.py` compares their losses and updates.
+an extra generator and discriminator pass per step, NCHW, fp32. Networks, losses and mathematics
+are the same; `tests/test_train.py` compares their losses and updates.
 """
 
 import support  # noqa: F401  first, for Ctrl-C
@@ -145,18 +145,28 @@ def step_flop(trainer, lr, hr):
     A backward pass to parameters and input costs two forwards, one to the input alone costs one.
     The generator goes forward and back (3); the discriminator forward on real and fake and back to
     its parameters (6), and back to the image, through both if they are mixed (1 or 2); the frozen
-    networks forward and back to the image (2), their targets being kept.
+    networks forward on HR, for their targets, forward on SR and back to it (3).
     """
     total = 0
     with trainer.autocast():  # which the frozen networks need
         for passes, function in (
                 (3, lambda: plain_generator(trainer.netG, lr)),
                 (8 if trainer.mixed_batches else 7, lambda: trainer.netD(hr)),
-                (2, lambda: trainer.loss.vgg(hr)), (2, lambda: embed(trainer.face_network, hr))):
+                (3, lambda: trainer.loss.vgg(hr)), (3, lambda: embed(trainer.face_network, hr))):
             with FlopCounterMode(display=False) as counter:
                 function()
             total += passes * counter.get_total_flops()
     return total
+
+
+def project_step(trainer, lr, hr, with_gan, with_perceptual):
+    """One update as training takes it. The targets are new: nearly all of its crops come once."""
+    targets = None
+    if with_perceptual:
+        with trainer.autocast():
+            targets = training_step.batch_targets(trainer, [None] * len(hr), hr)
+    training_step.train_step(trainer, lr, hr, targets, with_gan, with_perceptual)
+    training_step.apply_updates(trainer, with_gan)
 
 
 class Launches(TorchDispatchMode):
@@ -187,24 +197,27 @@ def step_launches(trainer, lr, hr):
     """
     trainer.netG.train()
     trainer.netD.train()
-    with trainer.autocast():
-        targets = trainer.loss.targets(hr)
     launches = {}
     with (mock.patch.multiple(trainer, chunk=len(hr), checkpoint_chunk=None),
           mock.patch.object(PReLU, "forward", nn.PReLU.forward)):
         for kind, gan, perceptual in (("pixel", False, False), ("GAN", True, False),
                                       ("perceptual", False, True)):
             with Launches() as counter:
-                training_step.train_step(trainer, lr, hr, targets, gan, perceptual)
-                training_step.apply_updates(trainer, gan)
+                project_step(trainer, lr, hr, gan, perceptual)
             launches[kind] = counter.count
     return launches
 
 
-def step_parts(trainer, lr, hr, targets):
+def step_parts(trainer, lr, hr):
     """{part: function} of the project's step, each a piece that can be timed by itself."""
     sr = trainer.netG(lr).detach()
     gradient = torch.rand_like(sr)
+
+    def of_hr():
+        with trainer.autocast():
+            return trainer.loss.targets(hr)
+
+    targets = of_hr()
 
     def generator():
         with trainer.autocast():
@@ -222,26 +235,13 @@ def step_parts(trainer, lr, hr, targets):
             trainer.loss.perceptual_gradient(sr, targets, trainer.chunk)
         trainer.loss.alpha, trainer.loss.gamma = kept
 
-    return {"generator": generator, "discriminator": discriminator,
+    return {"generator": generator, "discriminator": discriminator, "targets": of_hr,
             "content": lambda: only(1, 0), "identity": lambda: only(0, 1),
             "optimisers": lambda: training_step.apply_updates(trainer, with_gan=True)}
 
 
 def project_functions(trainer, lr, hr, valid):
     """{question: function} of what the project does in training and in evaluate.py."""
-    targets = []
-
-    def step():
-        if not targets:  # training computes them once and keeps them
-            with trainer.autocast():
-                targets.extend(trainer.loss.targets(hr))
-        training_step.train_step(trainer, lr, hr, targets, True, True)
-        training_step.apply_updates(trainer, with_gan=True)
-
-    def pixel_step():
-        training_step.train_step(trainer, lr, hr, None, False, False)
-        training_step.apply_updates(trainer, with_gan=False)
-
     def validation():
         discriminate = training_step.validation_discriminator(trainer)
         evaluate.validate(trainer.average, discriminate, valid, trainer.face_network,
@@ -253,8 +253,10 @@ def project_functions(trainer, lr, hr, valid):
                          {"cosine": trainer.face_network}, evaluate.BATCH, trainer.device,
                          trainer.autocast)
 
-    return {"step": step, "pixel step": pixel_step, "validation": validation,
-            "evaluation": evaluation, "parts": lambda: step_parts(trainer, lr, hr, targets)}
+    return {"step": lambda: project_step(trainer, lr, hr, True, True),
+            "pixel step": lambda: project_step(trainer, lr, hr, False, False),
+            "validation": validation, "evaluation": evaluation,
+            "parts": lambda: step_parts(trainer, lr, hr)}
 
 
 def reference_functions(trainer, lr, hr, valid):
@@ -398,7 +400,7 @@ def benchmark(args):
         ours, theirs = {}, {}
         result = {"batch_size": args.batch_size, "device": args.device,
                   "threads": torch.get_num_threads(), "precision": ask(project, "precision")}
-        # the first call of each warms up: primitives are chosen, targets computed and kept
+        # the first call of each warms up: primitives are chosen
         compare(project, reference, "step", 1, args.batch_size)
         rounds, rates = [], [ask(project, "convolution")]
         for _ in range(args.rounds):

@@ -206,7 +206,7 @@ def test_no_step_launches_more_than_it_has_to():
     before = run.chunk, run.checkpoint_chunk
     launches = benchmark.step_launches(run, lr, hr)
     assert list(launches) == ["pixel", "GAN", "perceptual"]
-    for count, most in zip(launches.values(), (165, 480, 952)):
+    for count, most in zip(launches.values(), (165, 480, 1326)):
         assert 0.9 * most < count <= most, launches
     assert (run.chunk, run.checkpoint_chunk) == before
 
@@ -522,6 +522,15 @@ def test_a_repetition_on_other_files_is_said(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_repetition_at_another_commit_is_said(finished, tmp_path, capsys):
+    config = json.loads((finished / "config.json").read_text())
+    for commit, said in ((config["git"]["commit"], False), ("0" * 40, True)):
+        config["git"]["commit"] = commit
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        run_folder.say_what_differs(tmp_path / "config.json", {"data": {}, "start": None})
+        assert ("the default recipe may differ" in capsys.readouterr().out) == said
+
+
 def test_the_shipped_run_can_be_repeated():
     args = train_identity.parse(["--config", str(ROOT / "epochs/pretrained/gan/config.json")])
     assert args.num_epochs == 8 and args.pretrain_epochs == 0 and args.without == []
@@ -529,7 +538,7 @@ def test_the_shipped_run_can_be_repeated():
 
 def test_dead_discriminator_is_announced():
     dead = training_step.dead_discriminator
-    row = {"Epoch": 3, "Score_D": 0.9, "Score_G": 0.4, "Gradient_ratio": 0.1}
+    row = {"Epoch": 3, "Score_D": 0.9, "Score_G": 0.4, "Gradient_ratio": 0.1, "D_updates": 100}
     report = train_identity.parse(["--recipe", "report"])
     assert dead(row, report) is None
     warning = dead(row | {"Score_G": 0.895}, report)
@@ -1047,6 +1056,21 @@ def test_a_rate_that_goes_up_is_said(finished, tmp_path, capsys):
     assert "goes up" not in capsys.readouterr().out
 
 
+def test_a_rate_that_is_asked_for_is_no_stretched_cosine(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    args = ["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs", "3"]
+    train_identity.main([*args, "--lr", "1e-3"])
+    assert "goes up" not in capsys.readouterr().out
+
+
+def test_the_advice_on_a_rate_keeps_what_is_undone(capsys):
+    run = small_run("--without", "flips", "--num_epochs", "2")[0]
+    run.scheduleG.last_epoch = 1  # as of a resumed run, its rate at the end of a shorter cosine
+    run.optimizerG.param_groups[0]["lr"] = 2e-5
+    training_step.set_rates(run, train_identity.parse(["--without", "flips"]))
+    assert "--without flips cosine holds it" in capsys.readouterr().out
+
+
 def test_an_average_may_begin_later(faces, tmp_path):
     train_identity.main(flags(faces, tmp_path, "--without", "ema", "stripe_filter"))
     last = checkpoints.read_run(tmp_path)["parts"]["netG"]
@@ -1139,6 +1163,17 @@ def test_a_demo_that_was_interrupted_ends_with_its_evaluation(faces, tmp_path, m
     evaluated = evaluate.parse(measured[0])
     assert Path(evaluated.data_dir) == tmp_path / "data" / "valid"
     assert "next: make the data set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch, good", [("1", False), ("5", False), ("2", True)])
+def test_a_crop_too_small_for_a_batch_of_one_image_is_refused(faces, tmp_path, batch, good):
+    """Six photographs: the last batch of 5 has one, whose LR may have a single pixel."""
+    args = flags(faces, tmp_path, "--crop_size", "8", "--alpha", "0", "--batch_size", batch)
+    if good:
+        train_identity.main([*args, "--num_epochs", "1", "--pretrain_epochs", "1"])
+        return
+    with pytest.raises(InputError, match="--crop_size 8: .* take 32 px"):
+        train_identity.main(args)
 
 
 def test_a_crop_of_nothing_is_refused(faces, tmp_path):
