@@ -440,6 +440,10 @@ def load_data(args):
     train = TrainDatasetFromFolder(args.train_dir, crop, args.upscale_factor, args.crop, args.seed,
                                    args.cache_gb, "flips" not in args.without)
     valid = ValidDatasetFromFolder(args.valid_dir, crop, args.upscale_factor, args.cache_gb)
+    if crop < 32 and 1 in (args.batch_size, len(train) % args.batch_size):
+        raise InputError(f"--crop_size {args.crop_size}: too small for a batch of one image, in "
+                         "which BatchNorm has nothing to average; take 32 px, or another "
+                         "--batch_size")
     if not args.allow_overlap:
         check_no_overlap(train, valid)
     return train, valid
@@ -450,7 +454,8 @@ def epoch_order(n, batch_size, seed, epoch, rank, world):
 
     batch_size: of all ranks together.
     """
-    sampler = DistributedSampler(range(n), world, rank, shuffle=True, seed=seed)
+    # the sampler adds the epoch to its seed: 2^20 apart, no seed's orders are another's an epoch on
+    sampler = DistributedSampler(range(n), world, rank, shuffle=True, seed=seed << 20)
     sampler.set_epoch(epoch)
     order, size = list(sampler), batch_size // world
     return [order[i:i + size] for i in range(0, len(order), size)]

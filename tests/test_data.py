@@ -321,6 +321,12 @@ def test_an_epoch_shows_every_photograph_once(world):
     assert [len(batch) for batch in epoch_order(10, 8, 0, 1, 0, 1)] == [8, 2]
 
 
+def test_no_seeds_order_is_anothers_in_another_epoch():
+    orders = {str(epoch_order(50, 50, seed, epoch, 0, 1)) for seed in range(5)
+              for epoch in range(5)}
+    assert len(orders) == 25
+
+
 def test_batches_are_the_pairs(tmp_path):
     for i in range(5):
         save(noise(40, 48, seed=i), tmp_path / f"{i}.png")
