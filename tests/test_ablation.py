@@ -288,6 +288,22 @@ def test_differences_and_sentences_by_hand():
     assert words[1].endswith("significantly better (by seed: +0.0110, +0.0130)")
 
 
+def test_an_image_that_bicubic_restores_exactly_is_left_out_of_differences_too():
+    """A flat one. The others differ by 0.5 dB, this one by -6.5."""
+    runs = {(name, 0): Path(name) for name in ("baseline", "identity")}
+    averaged = pd.DataFrame([
+        [model, image, psnr, 0.5] for model, values in {
+            "bicubic": (25.0, 24.0, np.inf), "baseline": (27.0, 28.0, 40.0),
+            "identity": (27.4, 28.6, 33.5)}.items() for image, psnr in zip("abc", values)],
+        columns=["model", "image", "psnr_y", "ssim"])
+    per_run = pd.DataFrame({"model": ["baseline", "identity"], "psnr_y": [27.5, 28.0],
+                            "ssim": 0.5})
+    pairs = ablation.differences(averaged, per_run, runs).set_index("metric")
+    assert pairs.loc["psnr_y", "difference"] == pytest.approx(0.5)
+    assert pairs.loc["psnr_y", "by_seed"] == [pytest.approx(0.5)]
+    assert pairs.loc["ssim", "difference"] == 0
+
+
 def test_report_states_rule_conditions_and_references(done):
     folder = done[0]
     text = (folder / "results" / "ablation.md").read_text()
