@@ -114,7 +114,7 @@ def like_original(rgb, original, alpha=None):
 
     The colour profile is kept: without it a phone's wide-gamut colours would turn dull.
     """
-    grey = original.mode in ("1", "L", "LA", "F") or original.mode.startswith("I")
+    grey = original.mode in ("1", "L", "LA") or original.mode.startswith("I")
     result = rgb.convert("L") if grey else rgb.copy()
     if alpha is not None:
         result.putalpha(alpha.resize(rgb.size, Image.Resampling.BICUBIC))
@@ -387,7 +387,7 @@ def parse(argv):
         help=f"the inputs are photographs: find the faces in them (from {SMALLEST} px), write each "
              "(NAME_face1.png) and the enlarged photo with its small faces put in "
              "(NAME_restored.png)")
-    add("--upscale", type=positive, default=4, help="factor by which --detect enlarges the photo")
+    add("--upscale", type=positive, help="factor by which --detect enlarges the photo (default: 4)")
     add("--force", action="store_true",
         help=f"put in faces of more than {SMALL_FACE // 2} px, too, although the photo shows more")
     add("--reduce", type=positive, metavar="PX",
@@ -406,6 +406,10 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    if args.detect and args.reduce:
+        raise InputError("--reduce: leave it out beside --detect, which cuts the faces to size")
+    if not args.detect and (args.upscale or args.force):
+        raise InputError("--upscale and --force are of --detect: add that, or leave them out")
     failed = []
 
     def fail(error):
@@ -442,7 +446,7 @@ def main(argv=None):
         for job in jobs:
             faces = [all_faces.pop(0) for _ in job.lr]
             try:
-                pictures, remark = results(job, faces, args.upscale, args.force)
+                pictures, remark = results(job, faces, args.upscale or 4, args.force)
                 if args.compare:
                     pictures["compare"] = comparison(job, faces)
                 written = write(job, pictures, out_dir)

@@ -502,4 +502,7 @@ def test_help_has_an_example_and_mistakes_end_in_one_line(network, tmp_path, cap
     with pytest.raises(InputError, match="no such checkpoint"):
         run((tmp_path / "none.pth",), tmp_path / "out", path)
     with pytest.raises(InputError, match="--upscale"):
-        run(network, tmp_path / "out", path, "--upscale", 0)
+        run(network, tmp_path / "out", path, "--detect", "--upscale", 0)
+    for more in (["--upscale", 2], ["--force"], ["--detect", "--reduce", 32]):
+        with pytest.raises(InputError, match="leave (it|them) out"):
+            run(network, tmp_path / "out", path, *more)
