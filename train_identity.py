@@ -356,11 +356,9 @@ def add_flags(parser):
         help="arithmetic of the networks; auto: bf16 on CUDA (fp16 where that is missing) and on "
              "a CPU that is faster with it, else fp32")
     add("--cache_gb", type=weight, default=4.0,
-        help="GiB of decoded pictures to hold in memory for each data set; those of a larger one "
-             "are decoded again in each epoch by worker processes")
+        help="GiB of decoded pictures to hold for each data set; a larger one is read anew")
     add("--vgg_weights", default="imagenet", help="imagenet, random, or a state dict's path")
-    add("--face_weights", default="vggface2",
-        help="vggface2, casia-webface, random, or a state dict's path")
+    add("--face_weights", default="vggface2", help="vggface2, casia-webface, random, or a path")
     add("--allow_overlap", action="store_true", help="accept a photograph in both folders")
 
 
@@ -408,6 +406,8 @@ def main(argv=None):
     keep_freed_memory()
     args = parse(argv)
     if args.demo:
+        if args != parse(["--demo", "--out_dir", args.out_dir, "--device", args.device]):
+            raise InputError("--demo: takes --out_dir and --device alone; leave out the others")
         args = parse(demo.begin(args.out_dir, args.device))
     with run_folder.lock(args):
         train(args)

@@ -220,7 +220,6 @@ def dead_discriminator(row, args):
     Either it could not tell real from generated, or its gradient did not arrive.
     """
     gap, ratio = row["Score_D"] - row["Score_G"], row["Gradient_ratio"]
-    updates = row.get("D_updates", math.inf)  # rows of older runs do not tell
     undone = [name for name in ("cross_entropy", "mixed_batches", "slow_d") if name in args.without]
     if gap >= 0.01 and ratio < 1e-4:  # D tells them apart, but its gradient at SR vanishes
         advice = ["leaving cross_entropy out of --without"] * ("cross_entropy" in undone)
@@ -228,13 +227,14 @@ def dead_discriminator(row, args):
         return (f"warning: epoch {row['Epoch']}: the discriminator's gradient is negligible: "
                 f"D(x) - D(G(z)) is {gap:.4f}, but at SR it is {ratio:.1e} of the pixel gradient, "
                 f"so the adversarial term teaches nothing. Try {', or '.join(advice)}")
-    if gap < 0.01 and updates >= MATURE_D:
+    if gap < 0.01 and row["D_updates"] >= MATURE_D:
         advice = [f"leaving {' and '.join(undone)} out of --without"] * bool(undone)
         advice += ["a higher --lr_d", "more steps: a larger --num_epochs"]
         return (f"warning: epoch {row['Epoch']}: the discriminator is dead: D(x) - D(G(z)) is "
-                f"{gap:.4f} after {updates:.0f} updates of D. It cannot tell real from generated "
-                f"images, so the adversarial term teaches nothing, however large its gradient is "
-                f"(at SR {ratio:.1e} of the pixel gradient). Try {', or '.join(advice)}")
+                f"{gap:.4f} after {row['D_updates']:.0f} updates of D. It cannot tell real from "
+                f"generated images, so the adversarial term teaches nothing, however large its "
+                f"gradient is (at SR {ratio:.1e} of the pixel gradient). "
+                f"Try {', or '.join(advice)}")
     return None
 
 
@@ -357,7 +357,7 @@ def set_rates(trainer, args):
 
     Says so where the generator's goes up: a larger --num_epochs stretches the half cosine.
     """
-    before = trainer.optimizerG.param_groups[0]["lr"]
+    before, base = (trainer.optimizerG.param_groups[0][name] for name in ("lr", "initial_lr"))
     for optimizer, schedule, rate in ((trainer.optimizerG, trainer.scheduleG, args.lr),
                                       (trainer.optimizerD, trainer.scheduleD, args.lr_d)):
         schedule.base_lrs = [rate]
@@ -365,9 +365,11 @@ def set_rates(trainer, args):
         for group in optimizer.param_groups:
             group.update(initial_lr=rate, lr=rate * factor)
     rate = trainer.optimizerG.param_groups[0]["lr"]
-    if rate > 1.01 * before:
+    if rate > 1.01 * before and args.lr == base:
+        without = " ".join([*args.without, "cosine"])
         log(f"the generator's rate goes up from {before:.2g} to {rate:.2g}: the half cosine is "
-            f"stretched to {args.num_epochs} epochs; --lr {before:.2g} --without cosine holds it")
+            f"stretched to {args.num_epochs} epochs; --lr {before:.2g} --without {without} holds "
+            "it")
     beta1 = 0.9 if "slow_d" in args.without else BETA1_D
     for group in trainer.optimizerD.param_groups:
         group["betas"] = beta1, 0.999

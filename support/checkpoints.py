@@ -349,8 +349,7 @@ def restore_run(state, parts, path):
     name = "the list of parts"
     try:
         for name, part in parts.items():
-            # a GradScaler has no state where it is not used, older versions no schedule of D
-            if state["parts"][name] or name not in ("scaler", "scheduleD"):
+            if state["parts"][name] or name != "scaler":  # which has no state where it is not used
                 part.load_state_dict(state["parts"][name])
                 check_restored(part)
         name = "the random generators"
@@ -383,4 +382,5 @@ def read_config(path):
         dict(config["flags"])
         return config
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not the config.json of a run ({error})") from None
+        raise InputError(f"{path}: not the config.json of a run ({error}); choose another file or "
+                         "folder") from None

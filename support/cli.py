@@ -160,11 +160,15 @@ def problem_with(value, action):
 
 
 def check_out_dir(out_dir, own="--out_dir", **folders):
-    """Raise InputError if --out_dir is, or lies in, a folder of photographs.
+    """Raise InputError if --out_dir cannot be written, or is or lies in a folder of photographs.
 
     own: its flag, if that is another; folders: {name of the flag: folder}.
     """
     out = Path(out_dir).resolve()
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{own} {out_dir}: {there} is no folder that may be written to; choose "
+                         "another")
     for flag, folder in folders.items():
         if Path(folder).resolve() in (out, *out.parents):
             raise InputError(f"{own} {out_dir} lies in --{flag} {folder}, among photographs; "

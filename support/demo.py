@@ -48,7 +48,8 @@ def restore(portrait, path):
 
 def is_demo(args):
     """Whether the flags are of a demo's training, begun or resumed."""
-    return Path(args.train_dir) == Path(args.out_dir, "data", "train")
+    of_demo = Path(args.train_dir) == Path(args.out_dir, "data", "train")
+    return of_demo and args.face_weights == "random"
 
 
 def evaluation(args):

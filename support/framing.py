@@ -31,7 +31,7 @@ def framing_warning(pictures):
     found = []
     for picture in pictures:
         _, _, landmarks = detector.detect(picture, landmarks=True)
-        if landmarks is not None:  # the first face is the surest
+        if landmarks is not None:  # the first face is the largest
             left, right = np.asarray(landmarks[0][:2], dtype=float)
             side = min(picture.size)
             middle = ((left + right) / 2 - np.array(picture.size) / 2) / side + 0.5

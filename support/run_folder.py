@@ -48,6 +48,9 @@ def load_flags(parser, args):
     parser: train_identity.py's; args: what it made of the command line alone. Raises InputError
     naming the file and the flag in it.
     """
+    if args.resume and (args.config or args.overwrite):
+        raise InputError("--resume goes on with the run in --out_dir: leave out --config and "
+                         "--overwrite")
     if args.resume:
         source = Path(args.out_dir, "last.pt")
         flags = read_last(args.out_dir)["progress"]["flags"]
@@ -136,6 +139,8 @@ def open_run(args):
     holds_a_run = (folder / "last.pt").exists() or generators(args)
     if not holds_a_run:
         figures.check_ours(pictures)
+        if (folder / "config.json").exists():  # another program's must not be written over
+            checkpoints.read_config(folder / "config.json")
     if (holds_a_run or pictures) and not (args.resume or args.overwrite):
         raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
                          f"{folder}), choose another --out_dir, or replace it (--overwrite)")
@@ -154,8 +159,8 @@ def open_run(args):
 
 
 def generators(args):
-    """The networks in --out_dir that a run of this factor left."""
-    return sorted(Path(args.out_dir).glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth"))
+    """The networks in --out_dir that a run left."""
+    return sorted(Path(args.out_dir).glob("net[GD]_epoch_*_*.pth"))
 
 
 def delete_old_run(args):
@@ -186,10 +191,11 @@ def read_last(folder):
             and history.is_floating_point() and history.dim() == 2),
         "rows": isinstance(rows, list) and all(
             isinstance(row, dict) and isinstance(row.get(name), (int, float)) for row in rows
-            for name in ("Seconds", "Score_D", "Score_G", "Gradient_ratio")),
+            for name in ("Seconds", "Score_D", "Score_G", "Gradient_ratio", "D_updates")),
         "seconds": isinstance(progress.get("seconds"), (int, float)),
         "flags": isinstance(progress.get("flags"), dict) and all(
             isinstance(name, str) for name in progress["flags"]),
+        "changes": isinstance(progress.get("changes"), list),
         "start": isinstance(progress.get("start"), texts),
         "data": isinstance(data, dict) and all(
             isinstance(data.get(name), str) for name in ("train_dir", "valid_dir")),
@@ -205,7 +211,7 @@ def read_last(folder):
 def new_progress(args, train, valid):
     """What last.pt holds beside the networks, before the first step."""
     progress = {"epoch": 1, "step": 0, "updates": 0, "history": None, "rows": [], "seconds": 0.0,
-                "flags": run_flags(args),
+                "flags": run_flags(args), "changes": [],
                 "start": (checkpoints.file_digest(args.start) if args.start and not args.resume
                           else None),
                 "data": {"train_dir": train.digest(), "valid_dir": valid.digest()}}
@@ -215,8 +221,14 @@ def new_progress(args, train, valid):
 
 
 def say_what_differs(path, progress):
-    """Say which files are others than those of the config.json that is to be repeated."""
+    """Say what is another than in the run of the config.json that is to be repeated."""
     config = checkpoints.read_config(path)
+    if config.get("changes"):
+        log(f"{path}: only the last flags are repeated; that run had others before "
+            f"{config['changes']}")
+    with suppress(KeyError, TypeError):
+        if (then := config["git"]["commit"]) != (now := git("rev-parse", "HEAD")):
+            log(f"{path}: made at commit {then}, this is {now}: the default recipe may differ")
     with suppress(KeyError, TypeError):  # a config.json of flags alone
         then = {f"--{name}_dir": config["data"][name]["hash"] for name in ("train", "valid")}
         then["--start"] = config["start"]
@@ -243,12 +255,18 @@ def resume(state, args, progress, trainer, parts, shape):
     if then.get("start") != now["start"]:
         raise InputError(f"--start {now['start']}: a run that goes on has its weights; leave that "
                          "flag out, or begin a new run in another --out_dir")
+    generator, path = state["parts"].get("netG"), Path(args.out_dir, "last.pt")
+    has = isinstance(generator, dict) and "back_projection" in generator
+    if generator and has == ("back_projection" in args.without):
+        raise InputError(f"{path}: its generator has {'' if has else 'no '}back-projection; "
+                         f"{'leave it out of' if has else 'add back_projection to'} --without")
     if changed := changed_flags(then, now):
         log(f"changed for the epochs to come: {', '.join(changed)}")
     state["parts"].setdefault("average", state["parts"].get("netG"))  # begun --without ema
-    state["parts"].setdefault("scheduleD", {})  # of a version that had none
-    checkpoints.restore_run(state, parts, Path(args.out_dir, "last.pt"))
+    checkpoints.restore_run(state, parts, path)
     progress = saved | {name: progress[name] for name in ("flags", "data")}
+    if changed := changed_flags(then, now, MACHINE_FLAGS):
+        progress["changes"] = [*saved["changes"], f"epoch {saved['epoch']}: {', '.join(changed)}"]
     trainer.updates = progress["updates"]
     if progress["history"] is not None and progress["history"].shape != shape:
         log(f"another number of steps per epoch: epoch {progress['epoch']} begins anew")
@@ -264,18 +282,21 @@ def resume(state, args, progress, trainer, parts, shape):
     return progress
 
 
+def git(*command):
+    """What git says of this repository, or None."""
+    try:
+        return subprocess.run(["git", *command], cwd=Path(__file__).parent, text=True,
+                              capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def describe(args, trainer, progress, train, valid, device, world):
     """config.json: what a reader needs to repeat the run."""
-    def git(*command):
-        try:
-            return subprocess.run(["git", *command], cwd=Path(__file__).parent, text=True,
-                                  capture_output=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
     status = git("status", "--porcelain", "--untracked-files=no")
     return {
         "flags": run_flags(args),
+        "changes": progress["changes"],
         "start": progress.get("start"),
         "networks": {"vgg16": getattr(trainer.loss.vgg, "label", "not used"),
                      "inception_resnet_v1": trainer.face_network.label},

@@ -28,7 +28,7 @@ import train_identity
 import training_step
 from data_utils import read_image
 from model import Generator
-from support import checkpoints, figures, run_folder
+from support import checkpoints, demo, figures, run_folder
 from support.cli import InputError, run_script
 
 
@@ -219,6 +219,72 @@ def test_pictures_of_others_are_not_written_over(faces, tmp_path, name):
     assert "--overwrite" in refused(flags(faces, tmp_path))
 
 
+def test_the_config_of_another_program_is_not_written_over(faces, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"port": 8080}')
+    assert f"{config}: not the config.json of a run" in refused(flags(faces, tmp_path))
+    assert contents(tmp_path) == {"config.json": b'{"port": 8080}'}
+
+
+def test_networks_of_another_factor_are_a_run_too(faces, tmp_path):
+    torch.save({}, tmp_path / "netG_epoch_4_10.pth")
+    assert "already holds a run" in refused(flags(faces, tmp_path))
+
+
+@pytest.mark.parametrize("more", [["--config", "c.json"], ["--overwrite"]])
+def test_flags_that_resume_would_not_heed_are_refused(run, more):
+    assert "leave out --config and --overwrite" in refused(["--resume", "--out_dir", str(run),
+                                                             *more])
+
+
+def test_flags_that_the_demo_would_not_heed_are_refused(tmp_path):
+    message = refused(["--demo", "--out_dir", str(tmp_path), "--num_epochs", "1"])
+    assert message.startswith("--demo: takes --out_dir and --device alone")
+    assert not contents(tmp_path)
+
+
+def test_a_run_in_a_folder_like_the_demos_is_none(tmp_path):
+    args = train_identity.parse(["--train_dir", f"{tmp_path}/data/train", "--out_dir",
+                                 str(tmp_path)])
+    assert not demo.is_demo(args)
+    args.face_weights = "random"
+    assert demo.is_demo(args)
+
+
+@pytest.mark.parametrize("main, argv", [(evaluate.main, []), (train_identity.main, [])])
+def test_a_folder_that_cannot_be_is_named_before_the_work(main, argv, tmp_path, faces):
+    (tmp_path / "file").write_text("mine")
+    for out_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        message = refused([*argv, "--out_dir", str(out_dir)], main)
+        assert message == (f"--out_dir {out_dir}: {tmp_path / 'file'} is no folder that may be "
+                           "written to; choose another")
+
+
+def test_a_generator_keeps_its_back_projection(run, capsys):
+    message = refused(["--resume", "--out_dir", str(run), "--num_epochs", "3", "--without",
+                       "back_projection"])
+    assert message == (f"{run / 'last.pt'}: its generator has back-projection; leave it out of "
+                       "--without")
+    state = checkpoints.read_run(run)  # as one from before there was any
+    del state["parts"]["netG"]["back_projection"]
+    torch.save(state, run / "last.pt")
+    message = refused(["--resume", "--out_dir", str(run), "--num_epochs", "3"])
+    assert message.endswith("has no back-projection; add back_projection to --without")
+
+
+def test_flags_that_changed_on_the_way_are_kept(run, capsys):
+    argv = ["--resume", "--out_dir", str(run), "--num_epochs"]
+    train_identity.main([*argv, "3", "--lr", "1e-5"])
+    train_identity.main([*argv, "4", "--device", "cpu"])
+    changes = json.loads((run / "config.json").read_text())["changes"]
+    assert changes == ["epoch 3: --lr 0.0004 -> 1e-05, --num_epochs 2 -> 3",
+                       "epoch 4: --num_epochs 3 -> 4"]
+    capsys.readouterr()
+    train_identity.parse(["--config", str(run / "config.json")])
+    run_folder.say_what_differs(run / "config.json", {"data": {}, "start": None})
+    assert "only the last flags are repeated" in capsys.readouterr().out
+
+
 def test_only_our_leftovers_go(run):
     ours = [".last.123.tmp.pt", ".netD_epoch_2_3.7.tmp.pth", "samples/.epoch_9.7.tmp.png"]
     users = [".notes.tmp.txt", ".notes.12.tmp.txt", "samples/.notes.tmp.png"]
@@ -279,14 +345,14 @@ def test_frozen_weights_that_are_nan_are_named(load, flag, tmp_path):
 # config.json and last.pt that were edited
 
 
-ROW = dict.fromkeys(("Seconds", "Score_D", "Score_G", "Gradient_ratio"), 0.5)
+ROW = dict.fromkeys(("Seconds", "Score_D", "Score_G", "Gradient_ratio", "D_updates"), 0.5)
 
 
 def save_state(folder, **changed):
     """A last.pt without networks; `changed` in its progress."""
     checkpoints.save_run(folder, {}, {
         "epoch": 2, "step": 0, "updates": 3, "history": None, "rows": [ROW],
-        "seconds": 0.0, "flags": {}, "start": None,
+        "seconds": 0.0, "flags": {}, "changes": [], "start": None,
         "data": {"train_dir": "digest", "valid_dir": "digest"}} | changed)
 
 
@@ -335,7 +401,7 @@ def test_a_config_that_is_a_pipe_does_not_wait(tmp_path):
     ("history", [1]), ("history", torch.zeros(3)), ("rows", None), ("rows", [3]), ("rows", [{}]),
     ("rows", [ROW, ROW | {"Score_D": "1"}]),
     ("seconds", "1"), ("flags", None), ("flags", {3: 4}), ("start", 3), ("data", None),
-    ("data", {"train_dir": 3})])
+    ("data", {"train_dir": 3}), ("changes", "none")])
 def test_a_malformed_progress_is_named(tmp_path, name, value):
     save_state(tmp_path)
     run_folder.read_last(tmp_path)
@@ -345,7 +411,7 @@ def test_a_malformed_progress_is_named(tmp_path, name, value):
 
 
 @pytest.mark.parametrize("name", ["epoch", "step", "updates", "history", "rows", "seconds",
-                                  "flags", "data"])
+                                  "flags", "data", "changes"])
 def test_a_progress_that_lacks_something_is_named(tmp_path, name):
     save_state(tmp_path)
     state = checkpoints.read_run(tmp_path)
