@@ -49,7 +49,7 @@ def verification(genuine, impostors, fars):
             return [np.nan] * (1 + len(fars))
         found = [of_genuine @ (weight[below] + weight[up_to]) / (2 * total * n)]
         for far in fars:
-            accepted = np.floor(far * total + 1e-9)  # 0.01 * 2900 is 28.999...
+            accepted = np.floor(far * total + 1e-9)  # 0.29 * 100 is 28.999...
             threshold = impostors[np.searchsorted(weight[1:], total - accepted)]
             found.append(of_genuine @ (genuine > threshold) / n)
         return found

@@ -68,9 +68,9 @@ def modified(folder):
 def done(tmp_path_factory):
     """A folder in which an ablation was stopped in visual_seed1, went on and ended."""
     folder = tmp_path_factory.mktemp("ablation")
-    for split, n, seed in (("train", 16, 1), ("valid", 4, 2)):
+    for split, n, size, seed in (("train", 16, 32, 1), ("valid", 4, 36, 2)):  # frames of 36 px
         (folder / split).mkdir()
-        for i, portrait in enumerate(synthetic_portraits(n, 32, seed)):
+        for i, portrait in enumerate(synthetic_portraits(n, size, seed)):
             Image.fromarray(portrait).save(folder / split / f"{i}.png")
     torch.jit.script(TinyFaces()).save(folder / "judge.pt")
     update, updates = training_step.apply_updates, []
@@ -166,6 +166,7 @@ def test_without_a_flag_it_is_the_whole_study(done, tmp_path, monkeypatch):
     (["--epochs", "3"], "--num_epochs 2 -> 3"),
     (["--epochs", "1"], "--num_epochs 2 -> 1"),
     (["--lr", "0.1"], "--lr 0.0001 -> 0.1"),
+    (["--precision", "bf16"], "--precision fp32 -> bf16"),
     (["--train_dir", "OTHER"], "the photographs"),
     (["--start", "runs/baseline_seed1/netG_epoch_2_2.pth"], "the generator that it starts from"),
 ])
@@ -217,7 +218,7 @@ def test_values_are_those_of_the_generators(done):
     values = []
     for seed in (1, 2):
         netG = checkpoints.load_generator(folder / f"runs/identity_seed{seed}/netG_epoch_2_2.pth")
-        for lr, _, hr in ValidDatasetFromFolder(folder / "valid", 32, 2):
+        for lr, _, hr in ValidDatasetFromFolder(folder / "valid", 0, 2):
             error = ((netG(lr[None])[0].detach().double().numpy() - hr.numpy()) * luma).sum(0)
             values.append(-10 * np.log10((error ** 2).mean()))
     assert table["psnr_y"]["identity"] == pytest.approx(np.mean(values), abs=1e-4)
@@ -276,8 +277,8 @@ def test_differences_and_sentences_by_hand():
         "cosine": 0.8 + gain + noise / 1000}) for name, gain, noise in (
             ("baseline", 0.0, np.sin(np.arange(50))), ("identity", 0.012, np.cos(np.arange(50))))])
     per_run = pd.DataFrame({"model": [folder.name for folder in runs.values()],
-                            "psnr_y": [25.0, 25.1, 25.0, 24.9],
-                            "cosine": [0.8, 0.811, 0.8, 0.813]})
+                            "psnr_y": [25.0, 25.1, 25.2, 25.1],
+                            "cosine": [0.8, 0.811, 0.81, 0.823]})
     pairs = ablation.differences(per_image, per_run, runs).set_index("metric", drop=False)
     assert pairs["significant"].to_dict() == {"psnr_y": False, "cosine": True}
     assert np.allclose(pairs["by_seed"]["cosine"], [0.011, 0.013])
@@ -391,3 +392,42 @@ def test_a_run_goes_on_where_its_start_lies_elsewhere(done, tmp_path, monkeypatc
                              "1e-4", "--pretrain_epochs", "0", "--num_epochs", "2", "--seed", "1"],
                        config["data"], "again")
     assert asked[0].resume and asked[0].start == str(folder / "start.pth")
+
+
+def test_auto_is_one_precision_for_all_runs(done, monkeypatch):
+    """Also for those that another machine makes later."""
+    def train_all(args, training, *_):
+        raise InputError(train_identity.parse(training).precision)
+
+    monkeypatch.setattr(ablation, "train_all", train_all)
+    monkeypatch.setattr(ablation, "fast_precision", lambda device: "fp16")
+    with pytest.raises(InputError, match="fp16"):
+        ablation.main([*flags(done[0]), "--precision", "auto"])
+
+
+def tables_of(gains, images):
+    """(per image, per run, runs) of configurations with these cosines more than the baseline's."""
+    runs = {(name, seed): Path(f"{name}_seed{seed}") for seed in (1, 2) for name in gains}
+    per_image = pd.concat([pd.DataFrame({
+        "model": name, "image": [f"{i}.png" for i in range(images)], "psnr_y": 25.0,
+        "cosine": 0.5 + gain}) for name, gain in gains.items()])
+    per_run = pd.DataFrame({"model": [folder.name for folder in runs.values()], "psnr_y": 25.0,
+                            "cosine": [0.5 + np.mean(gains[name]) for name, _ in runs]})
+    return per_image, per_run, runs
+
+
+def test_five_photographs_find_nothing():
+    """The interval excludes 0 and the seeds agree, but of 32 choices of signs two are as far."""
+    gains = {"baseline": 0.0, "identity": np.array([0.01, 0.02, 0.015, 0.012, 0.018])}
+    pair = ablation.differences(*tables_of(gains, 5)).query("metric == 'cosine'").iloc[0]
+    assert pair["low"] > 0 and ablation.significant(pair["low"], pair["high"], pair["by_seed"])
+    assert pair["p"] > 0.05 and not pair["significant"]
+
+
+def test_holm_counts_the_comparisons_with_the_baseline():
+    """Two of them; visual against identity is not asked."""
+    noise = np.random.default_rng(0).standard_normal((2, 30)) * 0.01
+    gains = {"baseline": 0.0, "visual": noise[0] + 0.004, "identity": noise[1] + 0.001}
+    pairs = ablation.differences(*tables_of(gains, 30)).query("metric == 'cosine'")
+    assert len(pairs) == 2 and pairs["p"].max() < 0.8
+    assert pairs["p_holm"].min() == pytest.approx(2 * pairs["p"].min())

@@ -457,3 +457,22 @@ def test_generators_of_different_factors_are_not_blended(tmp_path):
     path_b, _ = make_run(tmp_path / "b", 2, "x", factor=4)
     with pytest.raises(InputError, match="upscale factor or back_projection"):
         checkpoints.load_blend(path_a, path_b, 0.5)
+
+
+@pytest.mark.parametrize("of_a, of_b", [(True, False), (False, True)])
+def test_generators_of_which_one_projects_back_are_not_blended(of_a, of_b, tmp_path):
+    paths = []
+    for name, projects in (("a", of_a), ("b", of_b)):
+        path, _ = make_run(tmp_path / name, 1, "x")
+        checkpoints.save_torch(Generator(2, back_projection=projects).state_dict(), path)
+        paths.append(path)
+    with pytest.raises(InputError, match="upscale factor or back_projection"):
+        checkpoints.load_blend(*paths, 0.5)
+
+
+def test_shipped_kinds_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PRETRAINED", tmp_path)
+    (tmp_path / "pixel").mkdir()
+    for name in ("netG_epoch_8_100.pth", "pixel/netG_epoch_8_7.pth"):
+        (tmp_path / name).touch()
+    assert checkpoints.shipped_generator("pixel") == tmp_path / "pixel" / "netG_epoch_8_7.pth"

@@ -274,6 +274,9 @@ def test_recoloured_crops(tmp_path):
     levels_of_black = np.array([crop[0, 0] for crop in seen])
     assert levels_of_black.max() > 120 and levels_of_black.min() < 10
     assert np.abs(np.corrcoef(levels_of_black.T)[0, 1]) < 0.5  # each channel by itself
+    contrasts = np.array([crop[0, 8] for crop in seen]).astype(int) - levels_of_black
+    assert np.abs(np.corrcoef(contrasts.T)[0, 1]) < 0.5  # the contrast of each channel, too
+    assert equal(levels_of_black, np.rint(dataset.offsets[dataset.recoloured]))
 
 
 def test_a_centre_crop_in_training_is_validations(tmp_path):
@@ -939,3 +942,30 @@ def test_synthetic_portraits():
             # in levels; the median pair differs by 50 and 40
             assert np.abs(everyone[a] - everyone[b]).mean() > 12, (a, b)
             assert np.abs(faces[a] - faces[b]).mean() > 5, (a, b)
+
+
+def test_rescaled_crops_are_pillows_of_their_places(tmp_path):
+    for i in range(40):
+        save(noise(80, 64, seed=i), tmp_path / f"{i:02}.png")
+    dataset = TrainDatasetFromFolder(tmp_path, 32, 8, "mixed")
+    found = np.flatnonzero(dataset.scales != 1)
+    assert len(found) > 5
+    for index in found:
+        side = 32 / dataset.scales[index]  # of the square that becomes 32 px
+        down, right = dataset.places[index]  # shares of the room that it leaves
+        top, left = down * (64 - side), right * (80 - side)
+        expected = Image.open(dataset.files[index]).resize(
+            (32, 32), BICUBIC, box=(left, top, left + side, top + side))
+        assert equal(dataset.crop(index), np.asarray(expected))
+
+
+def test_equal_keys_are_equal_crops(tmp_path):
+    """What is kept of a crop is another's than its mirror image's."""
+    for i in range(3):
+        save(noise(24, 24, seed=i), tmp_path / f"{i}.png")
+    dataset, seen = TrainDatasetFromFolder(tmp_path, 16, 8, "center", flips=True), {}
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        for index, key in enumerate(dataset.cache_keys(range(3))):
+            assert equal(dataset.crop(index), seen.setdefault(key, dataset.crop(index)))
+    assert len(seen) == 6

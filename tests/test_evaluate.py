@@ -744,6 +744,7 @@ def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_pa
             assert picture.size == size and picture.mode == "RGB"
             picture = picture.resize((4 * size[0], 4 * size[1]), Image.BICUBIC)
             picture.save(tmp_path / "other" / framing / f"{path.stem}.bmp")  # any suffix
+        picture.rotate(90).save(tmp_path / "other" / framing / "another.bmp")  # more than asked for
 
     evaluate.main([*rest, "--restored", f"other={tmp_path / 'other'}"])
     table = pd.read_csv(tmp_path / "out" / "summary.csv").set_index(["framing", "model"])
@@ -787,6 +788,7 @@ def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_pa
     (["--crop_size", "3"], "--crop_size 3: must be 4 or more, or 0 for whole frames"),
     (["--crop_size", "300"], "--crop_size: takes 300 px of photographs that are reduced to 256"),
     (["--crop_size", "252", "--shift", "4"], "--crop_size and --shift: takes 260 px"),
+    (["--crop_size", "40", "--shift", "-1"], "smaller than the crop of 44 px"),
 ])
 def test_a_crop_that_leaves_the_photographs_is_refused(checkpoint, tmp_path, flags, said):
     data = save_portraits(tmp_path / "data", [(40, 40)])
@@ -828,3 +830,32 @@ def test_each_framing_has_its_own_notes(tmp_path, monkeypatch):
     crops, frames = (tmp_path / "report.html").read_text().split("<h2>")[1:]
     assert "of the 3 photographs" in crops and "1 of 4: 0.png" in crops
     assert "of the 4 photographs" in frames and "left out" not in frames
+
+
+def test_a_gallery_face_that_is_none_is_in_the_way_of_everybody():
+    faces = np.random.default_rng(0).standard_normal((12, 8))
+    part = faces.copy()
+    part[:3] = np.nan
+    rates = recognised(faces, part)
+    assert rates["rank1"] == 0 and rates["rank5"] == 9 / 12
+
+
+def test_a_blend_is_of_the_first_checkpoint_and_b(tmp_path):
+    states, paths = [], []
+    for seed, name in enumerate("abc"):
+        torch.manual_seed(seed)
+        states.append(Generator(2).state_dict())
+        paths.append(str(tmp_path / f"{name}.pth"))
+        checkpoints.save_torch(states[-1], paths[-1])
+    checkpoints.save_json({"flags": {}, "start": "the same"}, tmp_path / "config.json")
+    models, factor = evaluate.load_models(evaluate.parse(
+        ["--checkpoint", *paths[:2], "--blend", f"{paths[2]}:0.25"]), CPU)
+    assert list(models) == ["bicubic", "a", "b", "a+0.25*c", "HR"] and factor == 2
+    blended = {key: (0.75 * value + 0.25 * states[2][key]).to(value.dtype)
+               for key, value in states[0].items()}
+    lr = torch.rand(1, 3, 6, 6)
+    for name, state in (("a", states[0]), ("b", states[1]), ("a+0.25*c", blended)):
+        expected = Generator(2).eval()
+        expected.load_state_dict(state)
+        with torch.no_grad():
+            torch.testing.assert_close(models[name](lr, None, None), expected(lr))

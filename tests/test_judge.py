@@ -214,3 +214,9 @@ def test_a_descriptor_that_is_no_number_is_an_error():
     judge = dlib_judge.DlibJudge(sick, lambda picture, box: box, sick)
     with pytest.raises(InputError, match="--judge dlib: gives NaN"):
         judge(torch.zeros(1, 3, 9, 9), torch.zeros(1, 3, 9, 9))
+
+
+def test_a_judge_of_distances_is_shown_hr_beside_the_pictures():
+    found = evaluate.embed_all({"distance_dlib": lambda pictures, hr: (hr - pictures).mean((2, 3))},
+                               torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8))
+    assert found["distance_dlib"].eq(1).all()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import TinyFaces
 from PIL import Image
+from torch import nn
 
 import evaluate
-from support import statistics, verification
+from support import statistics, tables, verification
 from support.cli import InputError
 from support.portraits import LIGHT, _portrait, repeated_portraits, synthetic_portraits
 from support.verification import pair_rates, read_pairs, recognition, similarity
@@ -43,7 +44,8 @@ def test_the_p_value_agrees_with_the_interval_and_with_the_normal_one_of_many_va
     assert 0 < statistics.p_value(np.ones(50)) < 0.001
 
 
-@pytest.mark.parametrize("values", [[0.1], [1, 1, 1, 1, 1], [3, 1, -2, 0.5, 4, 2]])
+@pytest.mark.parametrize("values", [[0.1], [1, 1, 1, 1, 1], [3, 1, -2, 0.5, 4, 2],
+                                    [0.21, 0.94, 0.37, 0.11, 0.63, 0.93]])
 def test_the_p_value_of_few_values_is_that_of_all_signs(values):
     values = np.array(values)
     means = [abs(np.mean(values * signs)) for signs in product((-1, 1), repeat=len(values))]
@@ -143,6 +145,7 @@ def test_several_probes_of_a_person_count_as_one_draw():
     many = np.repeat(one, 20, axis=0)
     a, b = recognition(one), recognition(many, np.repeat(np.arange(10), 20))
     assert a["rank1"] == pytest.approx(b["rank1"]) and a["rank1"][2] - a["rank1"][1] > 0.4
+    assert a["auc"] == pytest.approx(b["auc"]) and a["auc"][2] - a["auc"][1] > 0.4
 
 
 def test_accuracy_over_folds_by_force():
@@ -374,3 +377,106 @@ def test_a_crop_below_the_factor_is_no_whole_frame(people, tmp_path, tiny):
     with pytest.raises(InputError, match="--crop_size 4: must be 8 or more, or 0 for whole frames"):
         evaluate.main(["--gallery", str(people / "faces"), "--crop_size", "4", "--device", "cpu",
                        "--out_dir", str(tmp_path / "out")])
+
+
+def test_each_metric_is_corrected_by_itself():
+    pairs = pd.DataFrame({"metric": ["ssim", "cosine"] * 2, "p": [0.01, 0.02, 0.03, 0.04]})
+    assert tables.correct(pairs)["p_holm"].tolist() == [0.02, 0.04, 0.03, 0.04]
+
+
+def test_each_fold_counts_alike():
+    """Two folds of eight pairs, all decided right, and one of two, both wrong: 2/3, not 16/18."""
+    people = np.array([[0, 0], [0, 1]] * 9)
+    fold = np.repeat([0, 1, 2], [8, 8, 2])
+    scores = np.array([1.0, 0.0] * 8 + [0.0, 1.0])
+    assert pair_rates(scores, people, fold, resamples=10)["accuracy"][0] == pytest.approx(2 / 3)
+
+
+def test_intervals_of_pairs_by_force():
+    """A person drawn twice brings each own pair twice; with one drawn thrice it is six times."""
+    rng = np.random.default_rng(0)
+    people = rng.integers(0, 12, (120, 2))
+    people[::2, 1] = people[::2, 0]
+    is_genuine, fold = people[:, 0] == people[:, 1], np.arange(120) % 4
+    scores = rng.standard_normal(120) + is_genuine
+    right = verification.decided_right(scores, is_genuine, fold)
+    rng, drawn = np.random.default_rng(5), []
+    for _ in range(60):
+        who = rng.integers(12, size=12).tolist()
+        times = np.array([who.count(a) * (1 if a == b else who.count(b)) for a, b in people])
+        genuine, impostors = (np.repeat(scores[kind], times[kind])
+                              for kind in (is_genuine, ~is_genuine))
+        drawn.append([np.repeat(right, times).mean(), *rates_by_force(genuine, impostors, 0.1)])
+    rates = pair_rates(scores, people, fold, (0.1,), seed=5, resamples=60)
+    for (_, low, high), expected in zip(rates.values(),
+                                        np.percentile(drawn, [2.5, 97.5], axis=0).T):
+        assert (low, high) == pytest.approx(tuple(expected))
+
+
+def test_equal_scores_are_not_told_apart():
+    """All pairs are alike and most are genuine: the best that a threshold can do is accept all."""
+    assert verification.best_threshold(np.ones(5), np.arange(5) > 1) < 1
+
+
+def test_probes_of_a_gallery_are_restored_and_its_faces_are_not():
+    person = np.repeat(np.arange(6), 2)
+    references, probes = np.eye(6)[person], np.eye(6)[person]
+    probes[::2], references[1::2] = -1, -1  # the gallery's restored, the probes' HR: nobody's
+    assert evaluate.score_gallery(probes, references, False, person, 0)["rank1"][0] == 1
+
+
+def test_bicubic_probes_are_compared_with_hr(people, tmp_path, tiny):
+    """The restored picture of the first of a pair, HR of the second; by Pillow alone."""
+    evaluate.main(["--data_dir", str(people / "faces"), "--pairs", str(people / "pairs.txt"),
+                   "--gallery", str(people / "faces"), "--crop_size", "0", "--device", "cpu",
+                   "--out_dir", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "people.csv").set_index(["protocol", "model"])
+
+    def embedding(name, number, restored):
+        image = Image.open(people / "faces" / name / f"{name}_{number:04d}.png")
+        if restored:
+            image = image.resize((8, 8), Image.BICUBIC).resize((64, 64), Image.BICUBIC)
+        pixels = torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 255
+        return evaluate.embed(TinyFaces(), pixels)[0]
+
+    pairs = read_pairs(people / "pairs.txt")
+    scores = np.array([float(embedding(*a, True) @ embedding(*b, False)) for _, a, b in pairs])
+    of_one = np.array([a[0] == b[0] for _, a, b in pairs])
+    auc, _ = rates_by_force(scores[of_one], scores[~of_one], 0.01)
+    assert table.loc[("pairs", "bicubic"), "auc"] == pytest.approx(auc, abs=1e-4)
+    first = torch.stack([embedding(f"Person_{i}", 1, False) for i in range(8)])
+    found = [(first @ embedding(f"Person_{i}", k, True)).argmax().item() == i
+             for i in range(8) for k in (2, 3, 4)]
+    assert table.loc[("gallery", "bicubic"), "rank1"] == pytest.approx(np.mean(found))
+
+
+class Redness(nn.Module):
+    """In dlib's place: descriptors of one direction, whose lengths alone tell people apart."""
+
+    def forward(self, pictures, hr):
+        return pictures.mean((2, 3))[:, :1]
+
+
+def test_dlib_recognises_by_distance(people, tmp_path, tiny, monkeypatch):
+    """By cosine all would be alike."""
+    monkeypatch.setattr(evaluate, "load_judge", lambda name: Redness())
+    evaluate.main(["--data_dir", str(people / "faces"), "--pairs", str(people / "pairs.txt"),
+                   "--gallery", str(people / "faces"), "--crop_size", "0", "--device", "cpu",
+                   "--judge", "dlib", "--out_dir", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "people.csv").set_index(["protocol", "judge", "model"])
+
+    def red(name, number):
+        path = people / "faces" / name / f"{name}_{number:04d}.png"
+        return np.asarray(Image.open(path))[..., 0].mean() / 255
+
+    pairs = read_pairs(people / "pairs.txt")
+    scores = np.array([-abs(red(*a) - red(*b)) for _, a, b in pairs])
+    of_one = np.array([a[0] == b[0] for _, a, b in pairs])
+    auc, _ = rates_by_force(scores[of_one], scores[~of_one], 0.01)
+    assert table.loc[("pairs", "distance_dlib", "HR"), "auc"] == pytest.approx(auc, abs=1e-3)
+    assert auc > 0.6
+    first = np.array([red(f"Person_{i}", 1) for i in range(8)])
+    found = [np.abs(first - red(f"Person_{i}", k)).argmin() == i
+             for i in range(8) for k in (2, 3, 4)]
+    assert table.loc[("gallery", "distance_dlib", "HR"), "rank1"] == pytest.approx(np.mean(found))
+    assert np.mean(found) > 1 / 8

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, features
 
+import data_utils
 import super_resolve
 from model import Generator
 from support import checkpoints, figures
@@ -506,3 +507,63 @@ def test_help_has_an_example_and_mistakes_end_in_one_line(network, tmp_path, cap
     for more in (["--upscale", 2], ["--force"], ["--detect", "--reduce", 32]):
         with pytest.raises(InputError, match="leave (it|them) out"):
             run(network, tmp_path / "out", path, *more)
+
+
+def test_the_angle_is_that_of_eyes_and_mouth_together():
+    """Eyes 20 degrees askew over a straight mouth, both as long: the mean of the two."""
+    points = landmarks(50, 50, 60, 60)
+    points[:2] = landmarks(50, 50, 60, 60, 20)[:2]
+    assert np.rad2deg(super_resolve.face_square(points)[3]) == pytest.approx(10)
+
+
+def test_a_pasted_face_has_four_soft_edges():
+    photo, face = Image.new("RGB", (100, 100)), Image.new("RGB", (64, 64), "white")
+    result = np.asarray(super_resolve.paste_face(photo, face, (50.0, 50.0, 64.0, 0.0)), int)
+    for line in (result[50, :, 0], result[:, 50, 0]):  # the square is from 18 to 82
+        assert line[50] == 255 and line[18] < 10 and np.abs(np.diff(line)).max() < 40
+        assert np.abs(line - line[::-1]).max() <= 2
+
+
+def test_a_pasted_face_is_reduced_smoothly():
+    """A fine pattern of black and white becomes grey, not what every fourth pixel happens to be."""
+    checks = np.repeat(np.indices((128, 128)).sum(0)[..., None] % 2 * 255, 3, axis=2)
+    result = super_resolve.paste_face(Image.new("RGB", (60, 60)),
+                                      Image.fromarray(checks.astype(np.uint8)), (30., 30., 32., 0.))
+    assert close(np.asarray(result)[25:35, 25:35], 127.5, within=5)
+
+
+@pytest.mark.parametrize("side, factor, size", [(5, 8, 16), (30.4, 8, 30), (90, 8, 48), (5, 4, 32),
+                                                (90, 2, 90)])
+def test_a_frame_has_a_size_that_training_shows(side, factor, size):
+    low, high = (round(data_utils.FRAME * scale / factor) for scale in data_utils.SCALES)
+    assert super_resolve.frame_size(side, factor) == size == np.clip(round(side), low, high)
+
+
+def test_a_tilted_face_goes_back_as_it_was():
+    photo = picture(12, 10).resize((120, 100), BICUBIC)
+    square = (60.0, 50.0, 50.0, 0.5)
+    large = photo.resize((240, 200), Image.Resampling.LANCZOS)
+    face = super_resolve.cut_face(large, (120.0, 100.0, 100.0, 0.5), 128)
+    job = SimpleNamespace(rgb=photo, squares=[square], path="p.png")
+    restored = super_resolve.restored_photo(job, [face], 2, False)
+    assert close(restored, np.asarray(large, dtype=float), within=12)
+
+
+def test_reduce_enlarges_nothing(network, tmp_path):
+    image = picture(12, 10)
+    run(network, tmp_path / "out", save(image, tmp_path / "a.png"), "--reduce", "20")
+    assert close(Image.open(tmp_path / "out/a_sr.png"), by_hand(network[1], image))
+
+
+def test_a_profile_of_inks_is_none_of_the_result(network, tmp_path):
+    path = save(picture(8, 6).convert("CMYK"), tmp_path / "a.tif", icc_profile=b"of inks")
+    assert Image.open(path).info["icc_profile"] == b"of inks"
+    run(network, tmp_path / "out", path)
+    assert "icc_profile" not in Image.open(tmp_path / "out/a_sr.png").info
+
+
+def test_a_face_of_32_px_gains_and_one_of_35_does_not():
+    job = SimpleNamespace(rgb=picture(100, 100), squares=[(50.0, 50.0, 64.0, 0.0)], path="p.png")
+    assert super_resolve.restored_photo(job, [picture(256, 256)], 1, False)
+    job.squares = [(50.0, 50.0, 70.0, 0.0)]
+    assert super_resolve.restored_photo(job, [picture(256, 256)], 1, False) is None

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -657,17 +658,19 @@ def test_an_epoch_gives_its_steps_what_they_need(faces, tmp_path, monkeypatch):
                         lambda self, epoch: epochs.append(epoch) or set_epoch(self, epoch))
     monkeypatch.setattr(TrainDatasetFromFolder, "cache_keys",
                         lambda self, indices: keys.extend(indices) or [None] * len(indices))
-    train_identity.main(flags(faces, tmp_path, "--without", "ema"))  # netG itself is validated
+    train_identity.main(flags(faces, tmp_path, "--seed", "3", "--without", "ema"))  # netG itself
     assert steps == [(False, False, 1)] * 3 + [(False, True, 2), (True, False, 2), (False, True, 2)]
     assert epochs == [0, 1, 2]
-    assert [keys[:2], keys[2:]] == data_utils.epoch_order(6, 2, 0, 2, 0, 1)[::2]
+    assert [keys[:2], keys[2:]] == data_utils.epoch_order(6, 2, 3, 2, 0, 1)[::2]
 
 
 def test_the_average_is_validated_on_frames_and_on_crops(faces, monkeypatch):
     """D judges crops alone; rows are in the order of the photographs."""
-    seen, trainer = [], small_run("--alpha", "0")[0]
+    seen, caches, trainer = [], [], small_run("--alpha", "0")[0]
 
-    def validate(netG, discriminate, dataset, *_):
+    def validate(netG, discriminate, dataset, face_network, cache, device, indices, context):
+        assert context is trainer.autocast
+        caches.append(cache)
         seen.append((netG, discriminate is not None, dataset.crop_size))
         return torch.tensor([[0.0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]])
 
@@ -675,7 +678,7 @@ def test_the_average_is_validated_on_frames_and_on_crops(faces, monkeypatch):
     valid = data_utils.ValidDatasetFromFolder(faces / "valid", 16, 2)
     results = train_identity.validate_epoch(trainer, True, valid, 0, 1)
     assert seen == [(trainer.average, False, 0), (trainer.average, True, 16)]
-    assert trainer.average is not trainer.netG
+    assert trainer.average is not trainer.netG and caches[0] is not caches[1]
     assert [rows[:, 5].tolist() for rows in results] == [[0, 1], [0, 1]]
 
 
@@ -741,6 +744,11 @@ def test_a_row_has_the_validations_means_and_ds_accuracy():
     row = train_identity.epoch_row(run, train_identity.parse([]), {
         "epoch": 80, "history": history, "seconds": 1.0}, (frames, crops))
     assert row["D_accuracy"] == (0.75 + 1) / 2
+    history = torch.arange(len(training_step.LOGGED)).float().repeat(3, 1)
+    numbered = train_identity.epoch_row(run, train_identity.parse([]), {
+        "epoch": 80, "history": history, "seconds": 1.0}, (frames, crops))
+    assert [numbered[name] for name in ("Pixel", "Content", "Adversarial", "Identity", "Loss_D",
+                                        "Score_D", "Score_G", "Gradient_ratio")] == [*range(8)]
     assert row["Loss_G"] == pytest.approx(0.5 * (1 + 0.005 + 0.001 + 3))  # gamma is 3 here
 
 
@@ -1298,3 +1306,33 @@ def test_the_flags_say_whether_a_start_projects_back(tmp_path, of_start, more):
     checkpoints.save_torch(state, tmp_path / "tuned.pth")
     loaded = checkpoints.load_generator(tmp_path / "tuned.pth")
     assert (loaded.back_projection is not None) == (not more)
+
+
+def test_what_is_written_of_an_epoch_is_the_averages(faces, tmp_path, monkeypatch):
+    """Every second epoch and the last are kept; samples of whole frames and of crops in turn."""
+    trainer, seen, config = small_run("--alpha", "0")[0], [], {}
+    trainer.average.last.bias.data += 1
+    monkeypatch.setattr(figures, "save_samples", lambda path, images: None)
+    monkeypatch.setattr(evaluate, "restore", lambda netG, dataset, index, device: seen.append(
+        (netG is trainer.average, dataset.crop_size, index)))
+    args = train_identity.parse(flags(faces, tmp_path, "--num_epochs", "5", "--save_every", "2"))
+    valid = data_utils.ValidDatasetFromFolder(faces / "valid", 16, 2)
+    rows = [{"Epoch": epoch, "Seconds": 2.0 * epoch} for epoch in range(1, 6)]
+    for epoch in range(1, 6):
+        train_identity.write_epoch(trainer, args, rows[:epoch], config, valid)
+    assert sorted(path.name for path in tmp_path.glob("netG*")) == [
+        f"netG_epoch_2_{epoch}.pth" for epoch in (2, 4, 5)]
+    assert_same_bits(weights(tmp_path, 5), trainer.average.state_dict())
+    assert seen == [(True, 0, 0), (True, 16, 0), (True, 0, 1), (True, 16, 1)] * 5
+    assert config["wall_seconds"] == 30
+
+
+def test_every_second_is_of_one_epoch(faces, tmp_path, monkeypatch):
+    """By a clock that ticks when it is looked at, also where last.pt is written in between."""
+    clock = itertools.count()
+    monkeypatch.setattr(run_folder, "SAVE_MINUTES", 0)
+    monkeypatch.setattr(run_folder.time, "perf_counter", lambda: next(clock))
+    train_identity.main(flags(faces, tmp_path, "--num_epochs", "3", "--pretrain_epochs", "3"))
+    seconds = pd.read_csv(tmp_path / "train_results.csv")["Seconds"]
+    ticks = next(clock)
+    assert 0.8 * ticks < seconds.sum() < ticks
