@@ -136,7 +136,7 @@ def open_run(args):
     """
     folder = Path(args.out_dir)
     pictures = [*folder.glob("curves.png"), *folder.glob("samples/epoch_*.png")]
-    holds_a_run = (folder / "last.pt").exists() or generators(args)
+    holds_a_run = (folder / "last.pt").exists() or any(folder.glob("net[GD]_epoch_*.pth"))
     if not holds_a_run:
         figures.check_ours(pictures)
         if (folder / "config.json").exists():  # another program's must not be written over
@@ -159,8 +159,8 @@ def open_run(args):
 
 
 def generators(args):
-    """The networks in --out_dir that a run left."""
-    return sorted(Path(args.out_dir).glob("net[GD]_epoch_*_*.pth"))
+    """The networks in --out_dir that a run of this factor left."""
+    return sorted(Path(args.out_dir).glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth"))
 
 
 def delete_old_run(args):
