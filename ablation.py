@@ -186,11 +186,7 @@ def differences(averaged, per_run, runs):
     Holm's correction is for these comparisons alone: as many per metric as configurations.
     """
     names, seeds = ([*dict.fromkeys(column)] for column in zip(*runs))
-    compared = averaged[averaged["model"].isin(names)].copy()
-    # what any model, bicubic too, restores exactly is left out of the means, and so of this
-    exact = compared["image"].isin(tables.left_out(averaged, "psnr_y"))
-    compared["psnr_y"] = compared["psnr_y"].mask(exact, np.inf)
-    pairs = tables.differences(compared, seed=0)
+    pairs = tables.differences(averaged, 0, names)
     pairs = tables.correct(pairs[pairs["minus"] == "baseline"].reset_index(drop=True))
     values = per_run.set_index("model")
     pairs["by_seed"] = [

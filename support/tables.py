@@ -86,13 +86,15 @@ def rates_of(vectors, model, metric, seed):
     return recognition(similarity(probes, gallery, is_distance(metric)), seed=seed)
 
 
-def differences(per_image, seed):
+def differences(per_image, seed, names=None):
     """Every pair of models, metric by metric: the mean paired difference with its interval.
 
-    p: of random sign flips, p_holm: corrected for all comparisons of the metric; below 0.05 the
-    difference is called significant.
+    names: the models to compare, all but HR unless given; what any model of the table leaves out
+    is left out. p: of random sign flips, p_holm: corrected for all comparisons of the metric; below
+    0.05 the difference is called significant.
     """
-    names = [m for m in per_image["model"].unique() if m != "HR"]
+    if names is None:
+        names = [m for m in per_image["model"].unique() if m != "HR"]
     rows = []
     for a, b in combinations(names, 2):
         of_a, of_b = (per_image[per_image["model"] == m].set_index("image") for m in (a, b))
