@@ -440,7 +440,7 @@ def load_data(args):
     train = TrainDatasetFromFolder(args.train_dir, crop, args.upscale_factor, args.crop, args.seed,
                                    args.cache_gb, "flips" not in args.without)
     valid = ValidDatasetFromFolder(args.valid_dir, crop, args.upscale_factor, args.cache_gb)
-    one_pixel = crop == args.upscale_factor or crop <= 16 and "mixed_batches" in args.without
+    one_pixel = crop == args.upscale_factor or (crop <= 16 and "mixed_batches" in args.without)
     if one_pixel and 1 in (args.batch_size, len(train) % args.batch_size):
         raise InputError(f"--crop_size {args.crop_size}: too small for a batch of one image, in "
                          "which BatchNorm has nothing to average; take 32 px, or another "

@@ -195,7 +195,7 @@ def read_last(folder):
         "seconds": isinstance(progress.get("seconds"), (int, float)),
         "flags": isinstance(progress.get("flags"), dict) and all(
             isinstance(name, str) for name in progress["flags"]),
-        "changes": isinstance(progress.get("changes"), list),
+        "changes": isinstance(progress.get("changes", []), list),  # older versions noted none
         "start": isinstance(progress.get("start"), texts),
         "data": isinstance(data, dict) and all(
             isinstance(data.get(name), str) for name in ("train_dir", "valid_dir")),
@@ -227,7 +227,8 @@ def say_what_differs(path, progress):
         log(f"{path}: only the last flags are repeated; that run had others before "
             f"{config['changes']}")
     with suppress(KeyError, TypeError):
-        if (then := config["git"]["commit"]) != (now := git("rev-parse", "HEAD")):
+        then, now = config["git"]["commit"], git("rev-parse", "HEAD")
+        if now and then != now:  # a copy without git cannot tell
             log(f"{path}: made at commit {then}, this is {now}: the default recipe may differ")
     with suppress(KeyError, TypeError):  # a config.json of flags alone
         then = {f"--{name}_dir": config["data"][name]["hash"] for name in ("train", "valid")}
@@ -245,7 +246,7 @@ def resume(state, args, progress, trainer, parts, shape):
     A flag that was given beside --resume is applied and said; other photographs are refused.
     shape: of an epoch's history, steps and what each of them logs.
     """
-    saved = state["progress"]
+    saved = {"changes": []} | state["progress"]
     for name in ("train_dir", "valid_dir"):
         if saved["data"][name] != progress["data"][name]:
             raise InputError(f"--{name} {getattr(args, name)}: not the photographs that the run in "

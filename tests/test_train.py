@@ -523,13 +523,16 @@ def test_a_repetition_on_other_files_is_said(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_repetition_at_another_commit_is_said(finished, tmp_path, capsys):
+def test_a_repetition_at_another_commit_is_said(finished, tmp_path, capsys, monkeypatch):
     config = json.loads((finished / "config.json").read_text())
     for commit, said in ((config["git"]["commit"], False), ("0" * 40, True)):
         config["git"]["commit"] = commit
         (tmp_path / "config.json").write_text(json.dumps(config))
         run_folder.say_what_differs(tmp_path / "config.json", {"data": {}, "start": None})
         assert ("the default recipe may differ" in capsys.readouterr().out) == said
+    monkeypatch.setattr(run_folder, "git", lambda *command: None)  # a copy without git
+    run_folder.say_what_differs(tmp_path / "config.json", {"data": {}, "start": None})
+    assert "may differ" not in capsys.readouterr().out
 
 
 def test_the_shipped_run_can_be_repeated():
