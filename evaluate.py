@@ -535,8 +535,9 @@ def parse(argv=None):
         help="arithmetic of the generators and of the cosine's network (judges: fp32); auto: as in "
              "training, and faster")
     add("--cache_gb", type=weight, default=4.0, help="GiB of decoded pictures to hold in memory")
-    add("--seed", type=not_negative, default=0, help="of the bootstrap")
-    add("--out_dir", default="results", help="folder of the tables and the picture")
+    add("--seed", type=not_negative, default=0, help="seed of the bootstrap")
+    add("--out_dir", default="results",
+        help="folder of report.html, the tables and the pictures")
     return parser.parse_args(argv)
 
 

@@ -57,7 +57,7 @@ DEPARTURES = {
     "mixed_batches": "D sees real and generated images in one batch, so that BatchNorm does not "
                      "hide what tells them apart",
     "slow_d": "D's Adam has a rate of 2.5e-5 (twice that in its first 64 updates) and beta1 0.5, "
-              "so that D neither dies nor wins",
+              "so that D does not die",
     "ratio_bound": "the adversarial gradient is at most as long as the pixel loss's",
     "lazy": f"all terms but pixel in every {LAZY_INTERVAL}th step, {LAZY_INTERVAL} times as heavy",
     "fast_precision": "--precision auto, not fp32",
@@ -367,7 +367,7 @@ def parse(argv=None):
     listed = "\n".join(f"  {name:<16} {why}" for name, why in DEPARTURES.items())
     parser = Parser(
         description="Train the identity-preserving SRGAN of the report. The defaults are our "
-                    "recipe, measured\nagainst the report's in results/EXPERIMENTS.md.",
+                    "recipe; what\neach part of it brings is in results/EXPERIMENTS.md.",
         epilog=f"departures from the report, undone by --without NAME ...:\n{listed}\n\n"
                "example: python train_identity.py --crop_size 128 --upscale_factor 8 "
                "--num_epochs 100")

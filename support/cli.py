@@ -62,7 +62,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the defaults that say something, and leaves line breaks as they are."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or action.default == []:
+        if action.default in (None, []) or action.default is False:
             return action.help
         return super()._get_help_string(action)
 

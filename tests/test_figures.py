@@ -273,7 +273,7 @@ def test_pipeline_names_the_method():
     assert PIPELINE.stat().st_size < 60_000
     words = " ".join("".join(text.itertext()) for text in ElementTree.parse(PIPELINE).iter()
                      if re.search("text|title", text.tag))
-    for word in ("256 × 256", "centre", "bicubic", "16 × 16", "Generator", "9×9", "5 residual",
+    for word in ("256 × 256", "128 px", "bicubic", "16 × 16", "Generator", "9×9", "5 residual",
                  "3 sub-pixel", "tanh", "VGG16 features[:31]", "Discriminator",
                  "InceptionResnetV1", "alpha", "beta", "gamma", "L_total"):
         assert word in words

@@ -761,6 +761,7 @@ def test_help_shows_the_defaults_that_are_used(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "rate of the generator (default: 0.0004)" in text
     assert "the identity loss (default: 0.6)" in text
+    assert "seed of weights, order, flips and crops (default: 0)" in text
 
 
 def test_names_that_are_given_win_over_stored_flags(finished):
