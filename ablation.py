@@ -11,7 +11,6 @@ import support  # noqa: F401  first, for Ctrl-C
 
 # isort: split
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -88,7 +87,6 @@ def train_run(folder, flags, data, again):
     if begun:  # last.pt has the weights of the start, which may lie elsewhere by now
         place = flags.index("--start")
         flags[place:place + 2] = ["--resume"]
-    handlers = {number: signal.getsignal(number) for number in run_folder.STOP_SIGNALS}
     try:
         train_identity.main(flags)
     except InputError as error:
@@ -96,9 +94,6 @@ def train_run(folder, flags, data, again):
     except SystemExit:  # SIGINT or SIGTERM: it has saved what it had
         log(f"the ablation stopped in {folder}; continue with:\n  {again}")
         raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def train_all(args, training, data, again):

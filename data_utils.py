@@ -304,20 +304,19 @@ class TrainDatasetFromFolder(FaceFolder):
         crop = torch.from_numpy(np.array(crop))
         return crop.flip(1) if self.flipped[index] else crop
 
-    def _move(self, device):
-        """Take the frames and this epoch's made crops to a GPU. -> whether it has room for them."""
+    def _to_gpu(self, device):
+        """Take the frames and this epoch's made crops to a GPU, if it has room for them."""
         copies = self.frames + (self.mirrored or [])
         if not self.on_gpu:
             free, _ = torch.cuda.mem_get_info(device)
             if sum(frame.nbytes for frame in copies) > free / 4:  # the networks need the most of it
-                return False
+                return
             copies = [frame.to(device) for frame in copies]
             self.frames, self.mirrored = copies[:len(self)], copies[len(self):]
             self.on_gpu = True
         if self.precomputed:
             crops = torch.stack([*self.precomputed.values()]).to(device)
             self.precomputed = dict(zip(self.precomputed, crops))
-        return True
 
     def __getitem__(self, index):
         lr, hr = to_pairs(self.crop(index)[None], self.factor)
@@ -330,10 +329,11 @@ class TrainDatasetFromFolder(FaceFolder):
         that do not fit into the cache are decoded by worker processes.
         """
         if self.cached:
-            on_gpu = device.type == "cuda" and self._move(device)
+            if device.type == "cuda":
+                self._to_gpu(device)
             for batch in indices:
                 crops = torch.stack([self.crop(index) for index in batch])
-                if device.type == "cuda" and not on_gpu:  # other memory's copies wait for the GPU
+                if device.type == "cuda" and not self.on_gpu:  # pinned, so that the CPU goes on
                     crops = crops.pin_memory().to(device, non_blocking=True)
                 yield to_pairs(crops, self.factor)
             return
@@ -434,17 +434,15 @@ def load_data(args):
     if not crop:
         raise InputError(f"--crop_size {args.crop_size}: must be {args.upscale_factor} or more")
     check_room(crop, "--crop_size")
+    if crop == args.upscale_factor or (crop <= 16 and "mixed_batches" in args.without):
+        raise InputError(f"--crop_size {args.crop_size}: leaves BatchNorm a single pixel, which it "
+                         "cannot standardise where an image is alone; take 32 px")
     if crop < 32 and args.alpha:
         raise InputError(f"--crop_size {args.crop_size}: VGG16 halves a picture five times and "
                          "needs 32 px; take a larger crop, or --alpha 0")
     train = TrainDatasetFromFolder(args.train_dir, crop, args.upscale_factor, args.crop, args.seed,
                                    args.cache_gb, "flips" not in args.without)
     valid = ValidDatasetFromFolder(args.valid_dir, crop, args.upscale_factor, args.cache_gb)
-    one_pixel = crop == args.upscale_factor or (crop <= 16 and "mixed_batches" in args.without)
-    if one_pixel and 1 in (args.batch_size, len(train) % args.batch_size):
-        raise InputError(f"--crop_size {args.crop_size}: too small for a batch of one image, in "
-                         "which BatchNorm has nothing to average; take 32 px, or another "
-                         "--batch_size")
     if not args.allow_overlap:
         check_no_overlap(train, valid)
     return train, valid

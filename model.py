@@ -53,7 +53,7 @@ class Generator(nn.Module):
     `scale_factor` s is a power of two from 2 up and takes log2(s) sub-pixel blocks: three at the
     report's 8x. `icnr` starts each sub-pixel convolution as a nearest-neighbour upsampling
     (Aitken et al. 2017), so that no checkerboard has to be unlearned. `back_projection`: whether
-    SR is corrected by `back_project`, of which the state dict tells by an entry of that name.
+    SR is corrected by `back_project`; an empty buffer of that name tells a checkpoint's reader.
     Raises ValueError on another factor.
     """
 
@@ -100,7 +100,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Real HR or generated SR? Images (N, 3, H, W) in [0, 1] -> logits (N,).
 
-    The sigmoid is in the loss; `probability` gives D(x). H and W are 16 or more.
+    The sigmoid is in the loss; `probability` gives D(x). Up to 16 px the last
+    map is one pixel, which BatchNorm cannot standardise for one image alone.
     """
 
     def __init__(self):

@@ -185,10 +185,10 @@ def summary_line(row, args):
         interval = 1 if "lazy" in args.without else LAZY_INTERVAL
         left += 9 / interval * max(0, args.num_epochs - args.pretrain_epochs)
     left *= row["Seconds"]
-    frames, crops = ("{:.2f} dB {:.4f} {:.4f}".format(*(row[name + suffix] for name in (
-        "PSNR", "SSIM", "Cosine"))) for suffix in ("", "_crop"))
-    line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): whole frames {frames}, "
-            f"centre crops {crops}, pixel {row['Pixel']:.5f}")
+    frames, crops = ("{:.2f} dB, SSIM {:.4f}, cosine {:.4f}".format(
+        *(row[name + suffix] for name in ("PSNR", "SSIM", "Cosine"))) for suffix in ("", "_crop"))
+    line = (f"epoch {row['Epoch']}/{args.num_epochs} ({row['Phase']}): whole frames {frames}; "
+            f"centre crops {crops}; pixel {row['Pixel']:.5f}")
     if row["Phase"] == "gan" and math.isnan(row["Score_D"]):
         line += ", no GAN step fell into this epoch of few images"
     elif row["Phase"] == "gan":
@@ -238,7 +238,7 @@ def train(args):
     if rank == 0:
         warn_of_framing(valid_set)
     state = run_folder.open_run(args) if rank == 0 or args.resume else None
-    steps_per_epoch = math.ceil(math.ceil(len(train_set) / world) / (args.batch_size // world))
+    steps_per_epoch = len(epoch_order(len(train_set), args.batch_size, args.seed, 1, rank, world))
     trainer = build_trainer(args, device, steps_per_epoch, world)
     parts = {name: getattr(trainer, name) for name in (
         "netG", "netD", "optimizerG", "optimizerD", "scheduleG", "scheduleD", "scaler")}
@@ -325,7 +325,7 @@ def add_flags(parser):
     add("--without", nargs="*", choices=tuple(DEPARTURES), metavar="NAME",
         help="undo departures from the report, which are listed below")
     add("--start", help="generator checkpoint to fine-tune, instead of a random one; "
-                        f"then --lr is {FINE_TUNING:g} unless given")
+                        f"then --lr is {FINE_TUNING:g} unless a flag says another")
     add("--pretrain_epochs", type=not_negative,
         help="first epochs with the pixel loss alone (default: three quarters of --num_epochs)")
     add("--batch_size", type=positive, help="images per update, over all processes")
@@ -409,7 +409,7 @@ def main(argv=None):
         if args != parse(["--demo", "--out_dir", args.out_dir, "--device", args.device]):
             raise InputError("--demo: takes --out_dir and --device alone; leave out the others")
         args = parse(demo.begin(args.out_dir, args.device))
-    with run_folder.lock(args):
+    with run_folder.lock(args), run_folder.restored_signals():
         train(args)
     if demo.is_demo(args):  # one that was interrupted and is resumed ends like any other
         evaluate.main(demo.evaluation(args))

@@ -61,7 +61,7 @@ def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_wei
     if trainer.scaler.is_enabled():  # get_scale() would wait for a GPU
         scale = trainer.scaler.scale(torch.ones((), device=lr.device))
     with trainer.autocast():
-        # D's activations and the generator's do not fit into memory together
+        # on a CPU D's activations and the generator's are not held together (`build_trainer`)
         sr_graph = trainer.ddpG(lr, trainer.checkpoint_chunk if with_gan else None)
     sr = sr_graph.detach().requires_grad_()
 
@@ -82,15 +82,18 @@ def train_step(trainer, lr, hr, targets, with_gan, with_perceptual, interval_wei
         with trainer.autocast():
             grad_sr, content, identity = loss.perceptual_gradient(
                 sr.detach(), targets, trainer.chunk, scale)
-        logged |= {"content": content} if loss.alpha else {}
-        logged |= {"identity": identity} if loss.gamma else {}
+        if loss.alpha:
+            logged["content"] = content
+        if loss.gamma:
+            logged["identity"] = identity
         gradient.add_(grad_sr, alpha=interval_weight)
 
     sr_graph.backward(trainer.scaler.scale(gradient))
     # nan marks a term that this step left out, so a term that has become nan is noted as inf
     left_out = sr.new_full((), math.nan)
-    return torch.stack([logged[name].detach().float().nan_to_num(math.inf, math.inf, math.inf)
-                        if name in logged else left_out for name in LOGGED])
+    return torch.stack([
+        logged[name].detach().float().nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+        if name in logged else left_out for name in LOGGED])
 
 
 def discriminator_step(trainer, sr, hr, logged, scale):
@@ -101,28 +104,30 @@ def discriminator_step(trainer, sr, hr, logged, scale):
     gradients keep and the result does not.
     """
     kind, logits, gradients = trainer.loss.gan_loss, [], []
+    several_processes = trainer.ddpD is not trainer.netD
     passes = discriminator_batches(trainer.mixed_batches, hr, sr)
     for number, (real, fake) in enumerate(passes, 1):
-        alone = trainer.ddpD is trainer.netD
         # several processes exchange the gradients once, with those of the last pass
-        with nullcontext() if alone or number == len(passes) else trainer.ddpD.no_sync():
+        wait = several_processes and number < len(passes)
+        with trainer.ddpD.no_sync() if wait else nullcontext():
             with trainer.autocast():
-                of_real, of_fake = trainer.ddpD(torch.cat([real, fake])).split(
+                real_logits, fake_logits = trainer.ddpD(torch.cat([real, fake])).split(
                     [len(real), len(fake)])
             loss_d = 0.0
             if len(real):
-                loss_d += real_loss(kind, of_real) * (scale * (len(real) / len(hr)))
+                loss_d += real_loss(kind, real_logits) * (scale * (len(real) / len(hr)))
             if len(fake):
-                part = scale * (len(fake) / len(sr))
-                gradients += torch.autograd.grad(adversarial_loss(kind, of_fake) * part, fake,
+                share = scale * (len(fake) / len(sr))
+                gradients += torch.autograd.grad(adversarial_loss(kind, fake_logits) * share, fake,
                                                  retain_graph=True)
-                loss_d += fake_loss(kind, of_fake) * part
-            loss_d.backward(inputs=trainer.parametersD)
-        logits.append((of_real.detach().float(), of_fake.detach().float()))
-    of_real, of_fake = map(torch.cat, zip(*logits))
-    logged |= {"adversarial": adversarial_loss(kind, of_fake),
-               "loss_d": real_loss(kind, of_real) + fake_loss(kind, of_fake),
-               "score_d": probability(of_real).mean(), "score_g": probability(of_fake).mean()}
+                loss_d += fake_loss(kind, fake_logits) * share
+            loss_d.backward(inputs=list(trainer.netD.parameters()))
+        logits.append((real_logits.detach().float(), fake_logits.detach().float()))
+    real_logits, fake_logits = map(torch.cat, zip(*logits))
+    logged |= {"adversarial": adversarial_loss(kind, fake_logits),
+               "loss_d": real_loss(kind, real_logits) + fake_loss(kind, fake_logits),
+               "score_d": probability(real_logits).mean(),
+               "score_g": probability(fake_logits).mean()}
     return torch.cat(gradients) * (trainer.loss.beta / scale)
 
 
@@ -139,7 +144,7 @@ def discriminator_batches(mixed, hr, sr):
 
 def apply_updates(trainer, with_gan):
     """Step the optimisers on the gradients, then the schedule and the average."""
-    for optimizer in [trainer.optimizerG] + [trainer.optimizerD] * with_gan:
+    for optimizer in (trainer.optimizerG, trainer.optimizerD)[:2 if with_gan else 1]:
         trainer.scaler.step(optimizer)
         optimizer.zero_grad()
     if with_gan:
@@ -281,15 +286,14 @@ def build_trainer(args, device, steps_per_epoch, world=1):
                                  "linear" if "cross_entropy" in args.without else "bce")
     trainer.mixed_batches = "mixed_batches" not in args.without
     trainer.max_ratio = 0 if "ratio_bound" in args.without else MAX_RATIO
-    build_optimizers(trainer, args, device, steps_per_epoch)
+    build_optimizers(trainer, args, steps_per_epoch)
 
     if args.precision == "auto":
         args.precision = fast_precision(device)  # noted with the flags: part of what the run is
     trainer.autocast = autocast(device, args.precision)
-    for network in [trainer.face_network] + [vgg] * bool(args.alpha):
+    for network in filter(None, (trainer.face_network, vgg)):
         cast_once(network, PRECISIONS[args.precision])
     trainer.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    trainer.scaler.scale(torch.zeros((), device=device))  # makes its factor when first used
     # A CPU is as fast with four images as with all, in less memory; a GPU wants the whole batch.
     trainer.chunk = 4 if device.type == "cpu" else args.batch_size
     trainer.checkpoint_chunk = 4 if device.type == "cpu" else None
@@ -326,17 +330,15 @@ def build_networks(trainer, args, device, world):
         # Each rank keeps its own BatchNorm statistics in a step; rank 0's are saved.
         trainer.ddpG = DistributedDataParallel(trainer.netG, broadcast_buffers=False)
         trainer.ddpD = DistributedDataParallel(trainer.netD, broadcast_buffers=False)
-    trainer.parametersD = list(trainer.netD.parameters())
 
 
-def build_optimizers(trainer, args, device, steps_per_epoch):
+def build_optimizers(trainer, args, steps_per_epoch):
     """Adam for either network; the generator's rate falls along a half cosine to a twentieth.
 
     D's is doubled for its first WARM_UP_D updates.
     """
-    fused = {"fused": True} if device.type in ("cpu", "cuda") else {}
-    trainer.optimizerG = torch.optim.Adam(trainer.netG.parameters(), lr=args.lr, **fused)
-    trainer.optimizerD = torch.optim.Adam(trainer.netD.parameters(), **fused)
+    trainer.optimizerG = torch.optim.Adam(trainer.netG.parameters(), lr=args.lr, fused=True)
+    trainer.optimizerD = torch.optim.Adam(trainer.netD.parameters(), lr=args.lr_d, fused=True)
     total = args.num_epochs * steps_per_epoch
 
     def factor(step):
@@ -349,7 +351,7 @@ def build_optimizers(trainer, args, device, steps_per_epoch):
 
     trainer.scheduleG = torch.optim.lr_scheduler.LambdaLR(trainer.optimizerG, factor)
     trainer.scheduleD = torch.optim.lr_scheduler.LambdaLR(trainer.optimizerD, factor_d)
-    set_rates(trainer, args)
+    set_rates(trainer, args)  # and D's beta1
 
 
 def set_rates(trainer, args):

@@ -49,7 +49,9 @@ def replacing(path):
             finally:
                 os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk to RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if "CUDA" in str(error):  # the GPU's, which is met when its tensors are copied
+            raise
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["no reason"])[0]
         if "inline_container" in reason:  # that writer's words for a write cut short
             reason = "the disk is full, or took only a part"
         remedy = "free some space or choose another folder"

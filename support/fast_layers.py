@@ -41,7 +41,8 @@ class SubPixelConv2d(nn.Conv2d):
     `conv(pixel_shuffle(x))` over 64 channels at (2H, 2W) equals `pixel_shuffle(conv'(x))` with a
     5x5 convolution over 256 channels at (H, W) whose kernel is the 9x9 one, shifted to each of the
     four output phases and pixel-unshuffled. A CPU's vector registers hold 16 channels: three
-    output channels leave most of them empty, twelve do not.
+    output channels leave most of them empty, twelve do not. Its arguments are those of the 9x9
+    convolution, whose padding of 4 px is 2 px before the shuffle.
     """
 
     def forward(self, x):

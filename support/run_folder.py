@@ -228,7 +228,7 @@ def say_what_differs(path, progress):
             f"{config['changes']}")
     with suppress(KeyError, TypeError):
         then, now = config["git"]["commit"], git("rev-parse", "HEAD")
-        if now and then != now:  # a copy without git cannot tell
+        if then and now and then != now:  # a copy without git cannot tell
             log(f"{path}: made at commit {then}, this is {now}: the default recipe may differ")
     with suppress(KeyError, TypeError):  # a config.json of flags alone
         then = {f"--{name}_dir": config["data"][name]["hash"] for name in ("train", "valid")}
@@ -261,6 +261,9 @@ def resume(state, args, progress, trainer, parts, shape):
     if generator and has == ("back_projection" in args.without):
         raise InputError(f"{path}: its generator has {'' if has else 'no '}back-projection; "
                          f"{'leave it out of' if has else 'add back_projection to'} --without")
+    if ("icnr" in then.get("without", [])) != ("icnr" in args.without):
+        raise InputError(f"--without icnr: concerns a generator's first weights, which {path} has "
+                         "long left behind; give it as that run had it")
     if changed := changed_flags(then, now):
         log(f"changed for the epochs to come: {', '.join(changed)}")
     state["parts"].setdefault("average", state["parts"].get("netG"))  # begun --without ema
@@ -346,6 +349,17 @@ def next_commands(args):
 
 # ---------------------------------------------------------------------------------------------
 # Saving and stopping
+
+
+@contextmanager
+def restored_signals():
+    """Give the signals back to whoever had them before `catch_signals`."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def catch_signals(world):

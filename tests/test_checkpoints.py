@@ -276,7 +276,8 @@ def test_writing_makes_folders_and_leaves_nothing_else(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["c.json"]
 
 
-@pytest.mark.parametrize("failure", [KeyError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failure", [KeyError("x"), KeyboardInterrupt(),
+                                     RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")])
 def test_a_failure_while_writing_leaves_the_old_file(failure, tmp_path):
     path = tmp_path / "last.pt"
     path.write_text("old")
@@ -286,6 +287,12 @@ def test_a_failure_while_writing_leaves_the_old_file(failure, tmp_path):
         assert path.read_text() == "old"
         raise failure
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_without_words_is_still_one_line(tmp_path):
+    with pytest.raises(InputError, match="could not write .*last.pt: no reason; free some space"):
+        with checkpoints.replacing(tmp_path / "last.pt"):
+            raise RuntimeError()
 
 
 def test_a_long_name_can_be_written(tmp_path):

@@ -75,7 +75,7 @@ def test_a_generator_projects_back_where_its_state_dict_says_so():
         torch.testing.assert_close(corrected(lr), back_project(plain(lr), lr))
 
 
-def test_checkpoint_chunkd_upsampling_changes_neither_output_nor_gradients():
+def test_recomputed_upsampling_changes_neither_output_nor_gradients():
     torch.manual_seed(0)
     generator, lr = Generator(4), torch.rand(5, 3, 6, 6)
     results = []
@@ -84,8 +84,8 @@ def test_checkpoint_chunkd_upsampling_changes_neither_output_nor_gradients():
         sr = generator(lr, checkpoint_chunk)
         sr.square().mean().backward()
         results.append([sr.detach()] + [p.grad for p in generator.parameters()])
-    for kept, checkpoint_chunkd in zip(*results):
-        torch.testing.assert_close(checkpoint_chunkd, kept, rtol=1e-4, atol=1e-6)
+    for kept, recomputed in zip(*results):
+        torch.testing.assert_close(recomputed, kept, rtol=1e-4, atol=1e-6)
 
 
 def test_parameter_counts():

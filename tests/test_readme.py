@@ -23,7 +23,7 @@ from support.portraits import synthetic_portraits
 
 TINY = {
     "prepare_celeba_hq.py": ["--n_train", "4", "--n_valid", "2"],
-    "train_identity.py": ["--crop_size", "16", "--num_epochs", "1", "--batch_size", "2", "--alpha",
+    "train_identity.py": ["--crop_size", "24", "--num_epochs", "1", "--batch_size", "2", "--alpha",
                           "0", "--face_weights", "random", "--device", "cpu"],
     "evaluate.py": ["--crop_size", "16", "--face_weights", "random", "--device", "cpu"],
     "ablation.py": ["--crop_size", "32", "--epochs", "1", "--batch_size", "4", "--vgg_weights",
