@@ -40,7 +40,7 @@ OWN_FLAGS = ("--out_dir", "--preset", "--alpha", "--beta", "--seed", "--num_epoc
              "--pretrain_epochs", "--resume", "--overwrite", "--config", "--demo")
 LOGGED = {"psnr_y": "PSNR", "ssim": "SSIM", "cosine": "Cosine", "d_accuracy": "D_accuracy"}
 TITLES = {"psnr_y": "PSNR-Y (dB)", "ssim": "SSIM", "cosine": "cosine", "d_accuracy": "D accuracy"}
-BLEND = [step / 10 for step in range(11)]  # weights of identity against visual
+BLEND = [0, 0.25, 0.5, 0.75, 1]  # weights of identity against visual
 RATE = 1e-4  # the report's; a new generator's 4e-4 would first undo what the start has learnt
 
 # ---------------------------------------------------------------------------------------------
@@ -196,12 +196,12 @@ def differences(averaged, per_run, runs):
 
 def learning_curves(runs):
     """Every run's train_results.csv in one table: name, seed, epoch and the LOGGED metrics."""
-    tables = []
+    of_runs = []
     for (name, seed), folder in runs.items():
         table = pd.read_csv(folder / "train_results.csv")
         table = table[["Epoch", *LOGGED.values()]].set_axis(["epoch", *LOGGED], axis=1)
-        tables.append(table.assign(name=name, seed=seed))
-    return pd.concat(tables, ignore_index=True)
+        of_runs.append(table.assign(name=name, seed=seed))
+    return pd.concat(of_runs, ignore_index=True)
 
 
 def last_epochs(curves, last_k):
@@ -235,17 +235,19 @@ def sentence(pair):
             f"(by seed: {', '.join(seeds)})")
 
 
-def conditions(args, config):
-    """Under which conditions the figures hold, in words; config: of one of the runs."""
+def conditions(args, configs):
+    """Under which conditions the figures hold, in words; configs: of all runs."""
+    config = configs[0]
     flags, data, networks = config["flags"], config["data"], config["networks"]
+    commits = dict.fromkeys(str(config["git"]["commit"])[:7] for config in configs)
     return (f"{data['train']['n']} training photographs ({flags['crop']} crops of "
             f"{flags['crop_size']} px), {data['valid']['n']} validation photographs (whole "
             f"frames), {flags['upscale_factor']}x. Each run: {args.epochs} epochs from the same "
             f"generator ({Path(args.start).name}; SHA-256 {config['start'][:12]}), seeds "
             f"{', '.join(map(str, args.seeds))}, batches of {flags['batch_size']}, learning rate "
             f"{flags['lr']:g}, {flags['precision']}; departures from the report left out: "
-            f"{', '.join(flags['without']) or 'none'}. Networks: VGG16 "
-            f"{networks['vgg16']}; InceptionResnetV1 {networks['inception_resnet_v1']}.")
+            f"{', '.join(flags['without']) or 'none'}; commit {', '.join(commits)}. Networks: "
+            f"VGG16 {networks['vgg16']}; InceptionResnetV1 {networks['inception_resnet_v1']}.")
 
 
 def report(args, words, summary, labels, pairs, last, weights):
@@ -342,6 +344,9 @@ def parse(argv=None):
         if flag.split("=")[0] in OWN_FLAGS:
             raise InputError(f"{flag}: the ablation sets it for each run; leave it out")
     args.seeds = list(dict.fromkeys(args.seeds))
+    if len(configurations(args.gamma)) < len(PRESETS) + len(set(args.gamma)):
+        raise InputError(f"--gamma {' '.join(map(str, args.gamma))}: two of them are equal to six "
+                         "digits, and their runs would share a folder")
     args.start = args.start or checkpoints.shipped_generator("pixel")
     args.judge = args.judge or ["dlib"]
     args.last_k = min(args.last_k, args.epochs)
@@ -365,11 +370,17 @@ def main(argv=None):
     check_out_dir(folder, "--results_dir", train_dir=settings.train_dir,
                   valid_dir=settings.valid_dir)
     figures.check_ours([folder / "ablation.png"], "--results_dir")
+    tables.check_tables(folder, ["ablation.csv", "ablation.md"], "--results_dir")
     train_set, valid_set = load_data(settings)
     data = {name: {"n": len(photographs), "hash": photographs.digest()}
             for name, photographs in (("train", train_set), ("valid", valid_set))}
     del train_set  # each run reads its own
     runs = train_all(args, training, data, again)
+    configs = [checkpoints.read_config(folder / "config.json") for folder in runs.values()]
+    for run, config in zip(runs.values(), configs):
+        if config["networks"] != configs[0]["networks"]:
+            raise InputError(f"{run}: trained with other networks than the first run "
+                             f"({config['networks']}); choose another --out_dir")
 
     for network in embedders.values():
         network.to(device)
@@ -377,11 +388,9 @@ def main(argv=None):
     averaged, summary = average_seeds(per_image, per_run, runs)
     pairs, curves = differences(averaged, per_run, runs), learning_curves(runs)
     last = last_epochs(curves, args.last_k)
-    configs = {name: checkpoints.read_config(folder / "config.json")
-               for (name, _), folder in runs.items()}
     weights = {name: {term: config["flags"][term] for term in ("alpha", "beta", "gamma")}
-               for name, config in configs.items()}
-    words = conditions(args, configs["baseline"])
+               for (name, _), config in zip(runs, configs)}
+    words = conditions(args, configs)
 
     table = wide(summary, pairs, last, weights)
     checkpoints.save_csv(table, folder / "ablation.csv")

@@ -34,13 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import evaluate
 import train_identity
 import training_step
-from data_utils import CROPS, TrainDatasetFromFolder, ValidDatasetFromFolder
+from data_utils import CROPS, TrainDatasetFromFolder, ValidDatasetFromFolder, check_room
 from loss_identity import adversarial_loss, embed, fake_loss, pixel_loss, real_loss
 from model import back_project
 from support import checkpoints, figures
 from support.cli import InputError, Parser, check_named, positive, run_script
 from support.fast_layers import PReLU
-from support.machine import PRECISIONS, choose_device, keep_freed_memory, set_up_machine
+from support.machine import DEVICES, PRECISIONS, choose_device, keep_freed_memory, set_up_machine
 from support.portraits import synthetic_portraits
 
 # ---------------------------------------------------------------------------------------------
@@ -480,18 +480,18 @@ def main(argv=None):
     parser.add_argument("--crop_size", type=int, default=128, help="HR size in px")
     parser.add_argument("--rounds", type=positive, default=2, help="times that the two take turns")
     parser.add_argument("--valid_images", type=positive, default=20, help="images of a validation")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where to compute")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
                         help="of the project's arithmetic; the reference is fp32")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    choose_device(args.device)
+    args.device = choose_device(args.device).type
     if args.crop_size < 32 or args.crop_size % 8:
         raise InputError(f"--crop_size {args.crop_size}: must be a multiple of 8, 32 or more")
+    check_room(args.crop_size, "--crop_size")
     if args.json:
-        check_named("--json", args.json, ".json")
+        check_named("--json", args.json, ".json",
+                    lambda path: b'"speedup"' in Path(path).read_bytes())
     result = benchmark(args)
     print(report(result))
     if args.json:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from support.cli import InputError, log, parallel_map
+from support.cli import InputError, first_line, log, parallel_map
 from support.machine import ignore_signals
 
 TRAIN_DIR = "data/DIV2K_train_HR"
@@ -98,7 +98,7 @@ def read_image(path, keep_mode=False, formats=FORMATS):
             image.info["animated"] = animated
         return image if keep_mode else to_rgb(image)
     except Exception as error:  # decoders raise anything on damaged bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not a picture of a known format ({format_names(formats, 'and')})"
         raise InputError(f"{path}: {reason}") from None

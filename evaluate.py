@@ -46,6 +46,7 @@ from support.cli import (
 from support.figures import save_image, to_image
 from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
 from support.tables import (
+    check_tables,
     differences,
     is_distance,
     left_out,
@@ -53,7 +54,7 @@ from support.tables import (
     write_people,
     write_tables,
 )
-from support.torchscript import load_script
+from support.torchscript import is_script, load_script
 from support.verification import pair_rates, read_pairs, recognition, similarity
 
 BATCH = 20  # images at a time
@@ -275,9 +276,10 @@ def files_of_pairs(args):
     pairs = read_pairs(args.pairs)
     pictures = sorted({picture for _, *pair in pairs for picture in pair})
     names = sorted({name for name, _ in pictures})
-    found = {name: {path.stem: path for path in list_images(Path(args.data_dir, name),
-                                                            "--data_dir")} for name in names}
-    stems = [(name, f"{name}_{number:04d}") for name, number in pictures]
+    stems, found = [(name, f"{name}_{number:04d}") for name, number in pictures], {}
+    for folder in (Path(args.data_dir, name) for name in names):
+        files = list_images(folder, "--data_dir") if folder.is_dir() else []
+        found[folder.name] = {stem: files[i] for stem, i in stems_of(files).items()}
     if missing := [f"{name}/{stem}" for name, stem in stems if stem not in found[name]]:
         raise InputError(f"--pairs {args.pairs}: {len(missing)} of its photographs are not in "
                          f"--data_dir {args.data_dir}: {', '.join(missing[:5])}")
@@ -336,6 +338,7 @@ def compare_people(args, models, factor, embedders, labels, device, context):
 
     The model HR is the ceiling, bicubic the floor.
     """
+    check_tables(args.out_dir, ["people.csv", "people.md"])
     rows = []
     for protocol, source in (("pairs", args.pairs), ("gallery", args.gallery)):
         if not source:
@@ -343,6 +346,7 @@ def compare_people(args, models, factor, embedders, labels, device, context):
         files, *of_pairs = (files_of_pairs(args) if protocol == "pairs" else
                             files_of_gallery(source))
         sizes = usable_crop_sizes(args.crop_size, factor)
+        check_room(max(sizes), "--crop_size")
         dataset = ValidDatasetFromFolder(source, max(sizes), factor, args.cache_gb, files=files)
         for size in sizes:
             _, vectors = measure(models, dataset.framed(size), embedders, args.batch_size, device,
@@ -359,19 +363,19 @@ def compare_people(args, models, factor, embedders, labels, device, context):
 # Pictures that something else restored
 
 
-def stems_of(dataset):
-    """{file name without its suffix: index} of all photographs; raises InputError if two share."""
-    stems = {path.stem: i for i, path in enumerate(dataset.files)}
-    for i, path in enumerate(dataset.files):
+def stems_of(files, flag="--data_dir"):
+    """{file name without its suffix: index}; raises InputError naming the flag if two share one."""
+    stems = {path.stem: i for i, path in enumerate(files)}
+    for i, path in enumerate(files):
         if stems[path.stem] != i:
-            raise InputError(f"--data_dir: {path.name} and {dataset.files[stems[path.stem]].name} "
-                             "differ in their suffix alone; rename one of them")
+            raise InputError(f"{flag}: {path} and {files[stems[path.stem]].name} differ in their "
+                             "suffix alone; rename one of them")
     return stems
 
 
 def export_lr(dataset, crop_sizes, folder):
     """Write every LR picture to FOLDER/crop_128/ and the like, a PNG named like its photograph."""
-    stems = stems_of(dataset)
+    stems = stems_of(dataset.files)
     paths = {(size, i): Path(folder, framing_name(size), f"{stem}.png")
              for size in crop_sizes for stem, i in stems.items()}
     figures.check_ours(paths.values(), "--export_lr")
@@ -392,8 +396,8 @@ def find_restored(text, dataset):
         raise InputError(f"--restored {text}: give NAME=FOLDER, such as waifu2x=restored/waifu2x")
     inside = Path(folder, framing_name(dataset.crop_size))
     folder = inside if inside.is_dir() else Path(folder)
-    found = {path.stem: path for path in list_images(folder, "--restored")}
-    stems = stems_of(dataset)
+    files, stems = list_images(folder, "--restored"), stems_of(dataset.files)
+    found = {stem: files[i] for stem, i in stems_of(files, "--restored").items()}
     if missing := sorted(stems.keys() - found.keys()):
         raise InputError(f"--restored {name}: {folder} lacks {len(missing)} of {len(stems)} "
                          f"pictures: {', '.join(missing[:5])}; restore what --export_lr wrote")
@@ -600,7 +604,10 @@ def export_generator(args):
                          "write")
     if len(args.checkpoint) > 1 or len(args.blend) > 1:
         raise InputError("--export writes one generator: give one --checkpoint, or one --blend")
-    check_named("--export", out, export.FORMATS[kind])
+    if not out:
+        raise InputError(f"--export {kind}: give the file to write after it")
+    check_named("--export", out, export.FORMATS[kind],
+                is_script if kind == "torchscript" else lambda path: True)
     path = args.checkpoint[0] if args.checkpoint else checkpoints.shipped_generator()
     if args.blend:
         generator = checkpoints.load_blend(path, *checkpoints.parse_blend(args.blend[0]))
@@ -617,8 +624,10 @@ def compare_models(args, models, dataset, embedders, labels, device, context):
     """
     folder, tables, pictures = Path(args.out_dir), {}, {}
     names = [f"comparison_{framing_name(size)}.png" for size in args.crop_size]
-    figures.check_ours(folder / name for name in names + ["sweep.png"] * bool(args.shift
-                                                                              or args.scale))
+    swept = bool(args.shift or args.scale)
+    figures.check_ours(folder / name for name in names + ["sweep.png"] * swept)
+    check_tables(folder, ["per_image.csv", "summary.csv", "differences.csv", "summary.md",
+                          "report.html"] + ["sweep.csv"] * swept)
     framings = [dataset.framed(size) for size in args.crop_size]
     of_framing = [with_restored(models, args.restored, framing) for framing in framings]
     for framing, shown in zip(framings, of_framing):
@@ -630,7 +639,7 @@ def compare_models(args, models, dataset, embedders, labels, device, context):
         pictures[name] = picture_rows(shown, framing, per_image, device)
         figures.save_comparison(folder / f"comparison_{name}.png", ["LR", *shown], pictures[name])
     sections, picture = write_tables(folder, tables, labels, pictures), None
-    if args.shift or args.scale:
+    if swept:
         table = sweep(models, dataset, args, embedders["cosine"], device, context)
         picture = folder / "sweep.png"
         checkpoints.save_csv(table, folder / "sweep.csv")
@@ -638,30 +647,32 @@ def compare_models(args, models, dataset, embedders, labels, device, context):
         print(table.round(4).to_string(index=False))
     report.save_report(folder / "report.html", sections, picture)
     print("wrote report.html, summary.csv, summary.md, differences.csv, per_image.csv, "
-          f"comparison_*.png{' and sweep.*' * bool(args.shift or args.scale)} to {folder}/")
+          f"comparison_*.png{' and sweep.*' * swept} to {folder}/")
 
 
 def check_outputs(args):
-    """Raise InputError where an output would lie among photographs."""
+    """Raise InputError where an output would lie among photographs, or a flag be ignored."""
     folders = {"gallery": args.gallery} if args.gallery else {}
     if args.pairs or not args.gallery:
         folders["data_dir"] = args.data_dir
     check_out_dir(args.out_dir, **folders)
     if args.export_lr:
         check_out_dir(args.export_lr, "--export_lr", **folders)
-    others = {"restored": args.restored, "export_lr": args.export_lr, "shift": args.shift,
-              "scale": args.scale}
-    if (args.pairs or args.gallery) and any(others.values()):
-        given = " and ".join(f"--{name}" for name, value in others.items() if value)
-        raise InputError(f"{given}: leave it out beside --pairs and --gallery")
+    unheeded = {"export": ("restored", "export_lr", "shift", "scale", "pairs", "gallery", "judge"),
+                "export_lr": ("restored", "shift", "scale", "pairs", "gallery", "judge"),
+                "pairs": ("restored", "shift", "scale"), "gallery": ("restored", "shift", "scale")}
+    for flag, others in unheeded.items():
+        if getattr(args, flag) and (given := [name for name in others if getattr(args, name)]):
+            raise InputError(f"{' and '.join(f'--{name}' for name in given)}: leave it out beside "
+                             f"--{flag}")
 
 
 def main(argv=None):
     args = parse(argv)
+    check_outputs(args)
     if args.export:
         return export_generator(args)
     device = choose_device(args.device)
-    check_outputs(args)
     models, factor = load_models(args, device)
     if args.export_lr:
         return export_lr(load_dataset(args, factor), args.crop_size, args.export_lr)

@@ -263,11 +263,12 @@ def check_no_mixing(args, manifest):
 
 
 def too_few(args, count, what, fits=None):
-    """InputError: `count` photographs are not enough; with flag values that would fit."""
-    valid = max(1, count * args.n_valid // (args.n_train + args.n_valid))
-    fits = fits or f"--n_train {count - valid} --n_valid {valid}"
+    """InputError: `count` photographs are not enough; with flag values that would fit, if any."""
+    if fits is None and count > 1:
+        valid = max(1, count * args.n_valid // (args.n_train + args.n_valid))
+        fits = f"--n_train {count - valid} --n_valid {valid}"
     return InputError(f"{args.source} has {count} {what}, but {args.n_train} + {args.n_valid} are "
-                      "asked for" + (f"; {fits} would fit" if count > 1 else ""))
+                      "asked for" + (f"; {fits} would fit" if fits else ""))
 
 
 def prepare(args):
@@ -313,7 +314,7 @@ def prepare(args):
         open_zip.cache_clear()  # the next zip of that name may be another
     if len(train) < args.n_train:
         raise too_few(args, len(train) + len(valid), "photographs that can be used",
-                      train and f"--n_train {len(train)} --n_valid {len(valid)}")
+                      f"--n_train {len(train)} --n_valid {len(valid)}" if train else "")
     print(f"{len(train)} photographs in {args.out_dir / FOLDERS['train']}, {len(valid)} in "
           f"{args.out_dir / FOLDERS['valid']}, listed in {args.out_dir / 'manifest.csv'}")
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFilter, features
 
 from data_utils import FORMATS, SUFFIXES, list_images, read_image, to_rgb, to_tensor
 from support import checkpoints, figures
-from support.cli import InputError, Parser, positive, run_script
+from support.cli import InputError, Parser, check_out_dir, positive, run_script
 from support.figures import to_image
 from support.machine import DEVICES, choose_device
 
@@ -227,9 +227,19 @@ def paste_face(photo, face, square):
     mask = Image.new("L", (side, side), 0)
     ImageDraw.Draw(mask).rectangle([soft, soft, side - 1 - soft, side - 1 - soft], fill=255)
     mask = mask.filter(ImageFilter.GaussianBlur(soft / 2))
-    matrix = np.linalg.inv(placement(square, side))
     face = face.resize((side, side), Image.Resampling.BICUBIC)
-    return Image.composite(warp(face, matrix, photo.size), photo, warp(mask, matrix, photo.size))
+    # of a large photo only the part around the face is composed anew
+    reach = math.ceil(0.75 * side) + 2  # half a diagonal, and a little
+    left, top = (max(0, math.floor(at) - reach) for at in square[:2])
+    part = photo.crop((left, top, min(photo.width, left + 2 * reach),
+                       min(photo.height, top + 2 * reach)))
+    matrix = placement(square, side)
+    matrix[:2, 2] -= left, top
+    matrix = np.linalg.inv(matrix)
+    part = Image.composite(warp(face, matrix, part.size), part, warp(mask, matrix, part.size))
+    photo = photo.copy()
+    photo.paste(part, (left, top))
+    return photo
 
 
 def frame_size(side, factor):
@@ -268,9 +278,9 @@ def prepare(path, stem, formats, detector, factor, reduce):
     if detector is None:
         lr, squares = [reduced(rgb, reduce)], []
         if max(lr[0].size) > LIMIT:
-            raise InputError(f"{path}: {rgb.width}x{rgb.height} px is more than the network is for "
-                             f"({LIMIT} px): --detect finds the faces in a photo, --reduce 32 "
-                             "reduces a picture of one face")
+            advice = "" if reduce else ", --reduce 32 reduces a picture of one face"
+            raise InputError(f"{path}: {lr[0].width}x{lr[0].height} px is more than the network is "
+                             f"for ({LIMIT} px): --detect finds the faces in a photo{advice}")
     else:
         squares = find_faces(detector, rgb)
         if not squares:
@@ -314,9 +324,11 @@ def results(job, faces, upscale, force):
 def restored_photo(job, faces, upscale, force):
     """The photo `upscale` times as large (Lanczos) with its small faces put in; None without any.
 
-    A large face has more detail in the photo than the network, which sees it reduced, can give
-    back; force: put it in all the same.
+    upscale: None for 4, or less where MOST pixels allow less. A large face has more detail in the
+    photo than the network, which sees it reduced, can give back; force: put it in all the same.
     """
+    pixels = job.rgb.width * job.rgb.height
+    upscale = upscale or max(1, min(4, math.isqrt(MOST // pixels)))
     size = job.rgb.width * upscale, job.rgb.height * upscale
     small = [(face, square) for face, square in zip(faces, job.squares)
              if force or square[2] <= SMALL_FACE]
@@ -387,7 +399,8 @@ def parse(argv):
         help=f"the inputs are photographs: find the faces in them (from {SMALLEST} px), write each "
              "(NAME_face1.png) and the enlarged photo with its small faces put in "
              "(NAME_restored.png)")
-    add("--upscale", type=positive, help="factor by which --detect enlarges the photo (default: 4)")
+    add("--upscale", type=positive,
+        help="factor by which --detect enlarges the photo (default: 4, less for a large one)")
     add("--force", action="store_true",
         help=f"put in faces of more than {SMALL_FACE // 2} px, too, although the photo shows more")
     add("--reduce", type=positive, metavar="PX",
@@ -423,6 +436,7 @@ def main(argv=None):
     if os.path.realpath(out_dir) in {os.path.dirname(os.path.realpath(path)) for path in paths}:
         raise InputError(f"--out_dir {out_dir} holds an input, which an output might overwrite; "
                          "choose another folder")
+    check_out_dir(out_dir)
     generator = load_network(args)
     detector = None
     if args.detect:
@@ -446,7 +460,7 @@ def main(argv=None):
         for job in jobs:
             faces = [all_faces.pop(0) for _ in job.lr]
             try:
-                pictures, remark = results(job, faces, args.upscale or 4, args.force)
+                pictures, remark = results(job, faces, args.upscale, args.force)
                 if args.compare:
                     pictures["compare"] = comparison(job, faces)
                 written = write(job, pictures, out_dir)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from model import Generator
-from support.cli import InputError
+from support.cli import InputError, first_line
 
 PRETRAINED = Path(__file__).parent.parent / "epochs" / "pretrained"
 
@@ -51,7 +51,7 @@ def replacing(path):
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk to RuntimeError
         if "CUDA" in str(error):  # the GPU's, which is met when its tensors are copied
             raise
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["no reason"])[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         if "inline_container" in reason:  # that writer's words for a write cut short
             reason = "the disk is full, or took only a part"
         remedy = "free some space or choose another folder"
@@ -359,9 +359,8 @@ def restore_run(state, parts, path):
         if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
     except Exception as error:  # what a damaged state raises is not ours to list
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: {name} does not fit this run ({reason}); put back a last.pt of "
-                         "it, or begin a new run in another --out_dir") from None
+        raise InputError(f"{path}: {name} does not fit this run ({first_line(error)}); put back a "
+                         "last.pt of it, or begin a new run in another --out_dir") from None
 
 
 def check_restored(part):

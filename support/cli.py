@@ -21,6 +21,11 @@ class InputError(Exception):
         return super().__str__().rpartition(f"{__name__}.InputError: ")[2].rstrip()
 
 
+def first_line(error):
+    """The first line of what an exception says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_script(main):
     """Run a script's `main()`: bad input becomes one line on stderr and exit code 2.
 
@@ -175,11 +180,14 @@ def check_out_dir(out_dir, own="--out_dir", **folders):
                              "choose another folder")
 
 
-def check_named(flag, path, suffix):
-    """Raise InputError if a flag names a file that is there and is not of the kind to write."""
-    if os.path.lexists(path) and Path(path).suffix.lower() != suffix:
-        raise InputError(f"{flag} {path}: exists and is no {suffix} file, so it is not "
-                         f"overwritten; choose a new name, or one that ends in {suffix}")
+def check_named(flag, path, suffix, is_ours=lambda path: True):
+    """Raise InputError if a flag names a file that is there and is not of the kind to write.
+
+    is_ours: function of the path, whether a file of that suffix is what would be written.
+    """
+    if os.path.lexists(path) and not (Path(path).suffix.lower() == suffix and is_ours(path)):
+        raise InputError(f"{flag} {path}: exists and is no {suffix} file that this command wrote, "
+                         "so it is not overwritten; choose a new name")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`train_identity.py --demo`: drawn people, a look at the shipped generator, a short training."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from support import checkpoints, figures
-from support.cli import log
+from support.cli import InputError, log
 from support.portraits import synthetic_portraits
 
 EPOCHS = 6
@@ -22,6 +23,7 @@ def begin(out_dir, device):
     portraits = {folder / "data" / split / f"{i:03}.png": Image.fromarray(array)
                  for split, n, seed in (("train", 64, 1), ("valid", 12, 2))
                  for i, array in enumerate(synthetic_portraits(n, 128, seed))}
+    check_replaceable(folder)
     figures.check_ours([*portraits, folder / "restored.png"])
     for path, portrait in portraits.items():
         figures.save_image(portrait, path)
@@ -34,6 +36,19 @@ def begin(out_dir, device):
             "--start", str(checkpoints.shipped_generator("pixel")),
             "--crop_size", "64", "--num_epochs", str(EPOCHS), "--batch_size", "8", "--lr", "1e-4",
             "--vgg_weights", "random", "--face_weights", "random"]
+
+
+def check_replaceable(folder):
+    """Raise InputError if a folder holds a run that is no demo's."""
+    if not (folder / "last.pt").exists() and not any(folder.glob("net[GD]_epoch_*.pth")):
+        return
+    flags = {}
+    with suppress(InputError):
+        flags = checkpoints.read_config(folder / "config.json")["flags"]
+    of_demo = Path(str(flags.get("train_dir"))).parts[-2:] == ("data", "train")
+    if not (of_demo and flags.get("face_weights") == "random"):
+        raise InputError(f"{folder} holds a run that is no demo's, and is left alone; move it, or "
+                         "choose another --out_dir")
 
 
 @torch.no_grad()

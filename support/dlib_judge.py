@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from support.cli import InputError
+from support.cli import InputError, first_line
 
 CHIP = 150  # px of the pictures that the network takes
 SAME_PERSON = 0.6  # dlib's own threshold: a smaller distance is the same person
@@ -35,7 +35,7 @@ def load_dlib():
         network = dlib.face_recognition_model_v1(
             str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
     except RuntimeError as error:
-        raise InputError(f"--judge dlib: {str(error).splitlines()[0]}; {INSTALL}") from None
+        raise InputError(f"--judge dlib: {first_line(error)}; {INSTALL}") from None
     return DlibJudge(dlib, landmarks, network)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from support.checkpoints import replacing, save_safetensors
-from support.cli import InputError
+from support.cli import InputError, first_line
 from support.fast_layers import PReLU
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}  # and suffixes
@@ -46,10 +46,9 @@ def write_onnx(network, lr, path):
         torch.onnx.export(network, (lr,), str(path), input_names=["lr"], output_names=["sr"],
                           dynamic_shapes=shapes, dynamo=True, external_data=False, verbose=False)
     except RuntimeError as error:  # the exporter's own, whatever fails in it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--export onnx: torch {torch.__version__} with onnxscript "
-                         f"{onnxscript.__version__} failed ({reason}); pip install -U torch onnx "
-                         "onnxscript") from error
+                         f"{onnxscript.__version__} failed ({first_line(error)}); pip install -U "
+                         "torch onnx onnxscript") from error
 
 
 def plain(generator):

@@ -181,12 +181,13 @@ def draw_line(axes, x, y, style):
 def label_ends(axes, ends):
     """Write texts beside the axes, each as near to its point's height as the others allow.
 
-    ends: (x, y, text, colour), x and y in data coordinates; NaN is skipped. The limits of the
-    axes must be final.
+    ends: (x, y, text, colour), x and y in data coordinates; NaN is skipped, the middle of a long
+    text left out. The limits of the axes must be final.
     """
     axes.autoscale_view()  # matplotlib puts this off until it draws
     to_fraction = axes.transData + axes.transAxes.inverted()
-    ends = sorted(((*to_fraction.transform((x, y)), text, colour)
+    ends = sorted(((*to_fraction.transform((x, y)),
+                    text if len(text) <= 40 else f"{text[:19]}…{text[-20:]}", colour)
                    for x, y, text, colour in ends if np.isfinite([x, y]).all()),
                   key=lambda end: end[1])
     heights = np.array([y for _, y, _, _ in ends])
@@ -335,6 +336,7 @@ def save_sweep(table, path):
                 rows = rows.sort_values("value")
                 x, y = draw_line(panel, rows["value"], rows[f"{measure}_gain"], style)
                 ends.append((x, y, model, style[0]))
-            ends.append((panel.get_xlim()[1], 0, "bicubic", "0.4"))
+            if np.isfinite([end[0] for end in ends]).any():
+                ends.append((panel.get_xlim()[1], 0, "bicubic", "0.4"))
             label_ends(panel, ends)
     save_plot(figure, path)

@@ -7,12 +7,15 @@ import numpy as np
 import pandas as pd
 
 from support import checkpoints
-from support.cli import markdown_table
+from support.cli import InputError, markdown_table
 from support.statistics import RESAMPLES, bootstrap, holm, p_value
 from support.verification import recognition, similarity
 
 LEVEL = 0.05  # of p-values, after Holm's correction
 RATES = ("rank1", "rank5", "auc", "tar_at_far_1")
+# How the files begin that evaluate.py and ablation.py write, by suffix.
+BEGINNINGS = {".csv": ("framing,", "sweep,", "protocol,", "name,"), ".md": ("## ", "# Ablation"),
+              ".html": ("<!doctype html>",)}
 
 
 def is_distance(metric):
@@ -129,14 +132,12 @@ def verdict(pair):
 # Markdown
 
 
-def with_interval(row, column, digits):
+def with_interval(value, low, high, digits, sign=""):
     """A cell: the value and its interval; a dash for what is none, as HR's PSNR-Y with itself."""
-    if not np.isfinite(row[column]):
+    if not np.isfinite(value):
         return "-"
-    if np.isnan(row[f"{column}_low"]):  # of a single image
-        return f"{row[column]:.{digits}f}"
-    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(
-        *(row[f"{column}{end}"] for end in ("", "_low", "_high")), d=digits)
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in (value, low, high))
+    return value if "nan" in low else f"{value} [{low}, {high}]"  # a single image has no interval
 
 
 def cells(summary):
@@ -144,13 +145,16 @@ def cells(summary):
     measured = [c for c in summary.columns if f"{c}_low" in summary.columns]
     rates = [c for c in measured if c.startswith(RATES)]
     metrics = [c for c in measured if c not in rates]
+    def cell(row, column, digits):
+        return with_interval(*(row[f"{column}{end}"] for end in ("", "_low", "_high")), digits)
+
     rows = []
     for _, row in summary.iterrows():
         pooled = row["psnr_y_pooled"]
         rows.append([row["model"], str(row["n"]),
-                     *(with_interval(row, m, 2 if m == "psnr_y" else 4) for m in metrics),
+                     *(cell(row, metric, 2 if metric == "psnr_y" else 4) for metric in metrics),
                      f"{pooled:.2f}" if np.isfinite(pooled) else "-",
-                     *(with_interval(row, r, 3) for r in rates)])
+                     *(cell(row, rate, 3) for rate in rates)])
     return ["model", "n", *metrics, "psnr_y_pooled", *rates], rows
 
 
@@ -171,8 +175,10 @@ def markdown(summary, labels):
 
 def difference_lines(pairs):
     """Lines of Markdown: each paired difference with its interval, p and verdict."""
-    lines = [f"- {p.model} - {p.minus}: {p.metric} {p.difference:+.4f} [{p.low:+.4f}, "
-             f"{p.high:+.4f}], p {p.p_holm:.4f}, {verdict(p)}" for p in pairs.itertuples()]
+    lines = [f"- {p.model} - {p.minus}: {p.metric} "
+             f"{with_interval(p.difference, p.low, p.high, 4, '+')}, "
+             + (f"p {p.p_holm:.4f}, {verdict(p)}" if np.isfinite(p.p_holm) else "not decided")
+             for p in pairs.itertuples()]
     if lines:
         of_each = len(pairs) // pairs["metric"].nunique()
         lines += ["", f"p: of {RESAMPLES:,} random sign flips of the paired differences, corrected "
@@ -190,10 +196,10 @@ def write_people(folder, rows, labels):
     for key in dict.fromkeys((row["protocol"], row["framing"], row["judge"]) for row in rows):
         of_key = [row for row in rows if (row["protocol"], row["framing"], row["judge"]) == key]
         rates = [name for name, value in of_key[0].items() if isinstance(value, tuple)]
-        cells = [[row["model"], row["n"], *("{:.3f} [{:.3f}, {:.3f}]".format(*row[rate])
-                                            for rate in rates)] for row in of_key]
+        lines = [[row["model"], row["n"], *(with_interval(*row[rate], 3) for rate in rates)]
+                 for row in of_key]
         text += "\n".join([f"## {key[0]}, {key[1]}, {key[2]}", "", labels[key[2]], "",
-                           *markdown_table(["model", "n", *rates], cells), "", ""])
+                           *markdown_table(["model", "n", *rates], lines), "", ""])
     text += ("Probes are restored, their counterparts are HR of another photograph; n: pairs, or "
              "probes of the gallery; FAR in per cent; [95 % bootstrap interval of people]\n")
     flat = [{name: value for name, value in row.items() if not isinstance(value, tuple)}
@@ -202,6 +208,21 @@ def write_people(folder, rows, labels):
     checkpoints.save_csv(pd.DataFrame(flat), folder / "people.csv")
     checkpoints.save_text(text, folder / "people.md")
     print(text, end="")
+
+
+def check_tables(folder, names, flag="--out_dir"):
+    """Raise InputError naming the first of these files that is there and is not one of ours.
+
+    flag: what the user may change to write elsewhere.
+    """
+    for path in (Path(folder, name) for name in names):
+        if not path.exists() or path.is_file() and not path.stat().st_size:
+            continue
+        ours = path.is_file() and path.read_bytes()[:80].decode(errors="replace").startswith(
+            BEGINNINGS[path.suffix])
+        if not ours:
+            raise InputError(f"{path} was not written by this project and is not overwritten; move "
+                             f"it, or choose another {flag}")
 
 
 def write_tables(folder, tables, labels, pictures):

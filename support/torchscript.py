@@ -12,13 +12,23 @@ EXPORTED = {"archive_format", "serialized_exported_program.json"}  # in torch.ex
 SCRIPTED = "constants.pkl"  # in TorchScript's
 
 
-def load_script(path):
-    """A TorchScript file -> the network in eval mode. Raises InputError naming --judge."""
+def names_inside(path):
+    """Names of the files in a zip archive; none if it is no such archive."""
     try:
         with zipfile.ZipFile(path) as archive:
-            inside = {Path(entry).name for entry in archive.namelist()}
+            return {Path(entry).name for entry in archive.namelist()}
     except (OSError, zipfile.BadZipFile):
-        inside = set()
+        return set()
+
+
+def is_script(path):
+    """Whether a file is TorchScript."""
+    return SCRIPTED in names_inside(path)
+
+
+def load_script(path):
+    """A TorchScript file -> the network in eval mode. Raises InputError naming --judge."""
+    inside = names_inside(path)
     if inside & EXPORTED or Path(path).suffix == ".pt2":
         # torch.export.load unpickles and opens libraries that lie in the archive
         raise InputError(f"--judge {path}: a torch.export archive, which can run any program when "

@@ -319,6 +319,29 @@ def test_report_states_rule_conditions_and_references(done):
         assert image.width > 1000
 
 
+def test_runs_of_other_networks_are_not_compared(done):
+    """As after a change of TORCH_HOME; of other code it is said, by the commits."""
+    folder = done[0]
+    path = folder / "runs" / "gamma_30_seed2" / "config.json"
+    before = path.read_text()
+    config = json.loads(before)
+    config["networks"]["vgg16"] = "another"
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="gamma_30_seed2: trained with other networks"):
+        ablation.main(flags(folder))
+    path.write_text(before)
+    config = json.loads(before)
+    others = config | {"git": {"commit": "f00dfeed" * 5}}
+    words = ablation.conditions(ablation.parse(flags(folder)), [config, config, others])
+    assert f"; commit {str(config['git']['commit'])[:7]}, f00dfee." in words
+
+
+def test_equal_gammas_are_refused(done):
+    with pytest.raises(InputError, match="--gamma 1000000.0 1000001.0: two of them are equal"):
+        ablation.parse(["--gamma", "1000000", "1000001"])
+    assert ablation.parse(["--gamma", "3", "3"]).gamma == [3, 3]
+
+
 def test_the_person_who_stops_it_is_told_how_to_go_on(done, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_identity, "train", lambda args: exit(130))
     command = [*flags(done[0]), "--out_dir", str(tmp_path / "runs")]

@@ -689,6 +689,19 @@ def test_the_users_pictures_are_not_written_over(checkpoint, tmp_path, name, par
     assert [path.name for path in data.iterdir()] == ["face_0.png"]
 
 
+@pytest.mark.parametrize("name", ["summary.csv", "summary.md", "report.html", "sweep.csv"])
+def test_the_users_tables_are_not_written_over(checkpoint, tmp_path, name):
+    data, path = save_portraits(tmp_path / "data", [(40, 40)]), tmp_path / name
+    path.write_text("the user's")
+    with pytest.raises(InputError, match=f"{path} was not written by this project"):
+        evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size",
+                       "32", "--shift", "1", "--face_weights", "random", "--out_dir",
+                       str(tmp_path)])
+    assert path.read_text() == "the user's"
+    tables.check_tables(Path(evaluate.__file__).parent / "results",
+                        ["sweep.csv", "ablation.csv", "ablation.md", "none.csv"])
+
+
 def test_the_pictures_are_the_best_the_median_and_the_worst(frames):
     table = pd.DataFrame({"model": "net", "image": [p.name for p in frames.files], "psnr_y": 20.0,
                           "cosine": [0.5, 0.1, 0.9, 0.7, 0.3]})
@@ -758,6 +771,10 @@ def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_pa
     crops = tmp_path / "other" / "crop_32"  # a folder without subfolders is of all framings
     with pytest.raises(InputError, match="32x32 px, but HR has 48x40 in whole_frames"):
         evaluate.main([*rest, "--restored", f"other={crops}"])
+    Image.new("RGB", (32, 32)).save(crops / "face_1.png")
+    with pytest.raises(InputError, match="--restored: .*face_1.* differ in their suffix alone"):
+        evaluate.main([*rest, "--restored", f"other={tmp_path / 'other'}"])
+    (crops / "face_1.png").unlink()
     (crops / "face_1.bmp").unlink()
     with pytest.raises(InputError, match="lacks 1 of 3 pictures: face_1"):
         evaluate.main([*rest, "--restored", f"other={tmp_path / 'other'}"])
@@ -777,6 +794,8 @@ def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_pa
         evaluate.main([*rest, "--export_lr", str(lr)])
     with pytest.raises(InputError, match="--export_lr .* among photographs"):
         evaluate.main([*rest, "--export_lr", str(data / "lr")])
+    with pytest.raises(InputError, match="--shift and --judge: leave it out beside --export_lr"):
+        evaluate.main([*rest, "--export_lr", str(lr), "--shift", "1", "--judge", "none.pt"])
     Image.new("RGB", (48, 40)).save(data / "face_1.jpg")
     with pytest.raises(InputError, match="face_1.* differ in their suffix alone"):
         evaluate.main([*rest, "--export_lr", str(lr)])

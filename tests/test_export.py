@@ -107,7 +107,20 @@ def test_a_file_of_another_kind_is_not_replaced(network, tmp_path, monkeypatch, 
     assert path.read_bytes() == b"the user's"
     path = path.rename(tmp_path / f"generator{suffix}")
     monkeypatch.setattr(evaluate.export, "export", lambda *_: None)
+    if kind == "torchscript":  # the suffix of a run's last.pt, too
+        with pytest.raises(InputError, match=f"--export {path}: .* not overwritten"):
+            exported(network, kind, path)
+        torch.jit.script(torch.nn.Identity()).save(path)
     exported(network, kind, path)
+
+
+@pytest.mark.parametrize("more", [["--judge", "dlib"], ["--shift", "1"], ["--export_lr", "lr"],
+                                  ["--gallery", "people"]])
+def test_what_an_export_would_ignore_is_refused(tmp_path, more):
+    with pytest.raises(InputError, match=f"{more[0]}: leave it out beside --export"):
+        evaluate.main(["--export", "onnx", str(tmp_path / "out.onnx"), *more])
+    with pytest.raises(InputError, match="--export onnx: give the file to write"):
+        evaluate.main(["--export", "onnx", ""])
 
 
 def test_versions_that_do_not_go_together_are_named(network, tmp_path, monkeypatch):

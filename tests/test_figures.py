@@ -180,6 +180,18 @@ def test_every_model_of_a_sweep_is_drawn(tmp_path):
     assert written(tmp_path / "sweep.svg") >= set(models)
 
 
+def test_a_sweep_of_long_names_and_of_nothing(tmp_path):
+    """A warning of matplotlib is an error here; a panel without a curve names nobody."""
+    sweep = pd.DataFrame({"sweep": "shift", "value": [0, 0, 1, 1],
+                          "model": ["bicubic", "n" * 90] * 2,
+                          "psnr_y_gain": np.nan, "ssim_gain": 0.1, "cosine_gain": 0.2})
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figures.save_sweep(sweep, tmp_path / "sweep.svg")
+    words = (tmp_path / "sweep.svg").read_text()
+    assert "n" * 19 + "…" + "n" * 20 in words and "n" * 41 not in words
+    assert words.count(">bicubic<") == 2
+
+
 def test_what_others_wrote_is_named(tmp_path, faces):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()

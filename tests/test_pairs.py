@@ -350,8 +350,18 @@ def test_people_that_cannot_be_compared_are_named(people, tmp_path, tiny):
     bad.write_text("2 1\nPerson_0 1 9\nPerson_0 1 Person_1 1\nPerson_1 1 2\nPerson_1 1 Person_0 1")
     with pytest.raises(InputError, match="1 of its photographs.*Person_0/Person_0_0009"):
         evaluate.main(["--data_dir", str(people / "faces"), "--pairs", str(bad), *rest])
+    bad.write_text("2 1\nNobody 1 2\nPerson_0 1 Person_1 1\nPerson_1 1 2\nPerson_1 1 Person_0 1")
+    with pytest.raises(InputError, match="2 of its photographs are not in .*: Nobody/Nobody_0001"):
+        evaluate.main(["--data_dir", str(people / "faces"), "--pairs", str(bad), *rest])
     with pytest.raises(InputError, match="--gallery .*no such folder"):
         evaluate.main(["--gallery", str(tmp_path / "no"), *rest])
+    with pytest.raises(InputError, match="--crop_size: takes 264 px"):
+        evaluate.main(["--gallery", str(people / "faces"), *rest[:-1], "264"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "people.csv").write_text("the user's")
+    with pytest.raises(InputError, match="people.csv was not written by this project"):
+        evaluate.main(["--gallery", str(people / "faces"), *rest[:2], "--out_dir",
+                       str(tmp_path / "mine")])
     for i in range(3):
         (tmp_path / "single" / str(i)).mkdir(parents=True)
         Image.new("RGB", (64, 64)).save(tmp_path / "single" / str(i) / "a.png")
@@ -360,9 +370,9 @@ def test_people_that_cannot_be_compared_are_named(people, tmp_path, tiny):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("more", [["--shift", "1"], ["--scale", "0.5"], ["--export_lr", "lr"]])
+@pytest.mark.parametrize("more", [["--shift", "1"], ["--scale", "0.5"], ["--restored", "a=b"]])
 def test_what_people_are_not_measured_with_is_refused(people, tmp_path, tiny, more):
-    with pytest.raises(InputError, match=f"{more[0]}: leave it out beside --pairs and --gallery"):
+    with pytest.raises(InputError, match=f"{more[0]}: leave it out beside --gallery"):
         evaluate.main(["--gallery", str(people / "faces"), "--device", "cpu", "--out_dir",
                        str(tmp_path / "out"), *more])
 

@@ -181,6 +181,9 @@ def test_no_person_is_in_both_splits(tmp_path, faces):
         prepare(source, tmp_path / "tight", 8, 3, *flag)  # 11 pictures, but people are whole
     fits = str(error.value).split("; ")[1].split()
     prepare(source, tmp_path / "tight", int(fits[1]), int(fits[3]), *flag)
+    (tmp_path / "identity.txt").write_text("".join(f"{i}.jpg 1\n" for i in range(6)))
+    with pytest.raises(InputError, match="has 2 photographs.* 3 \\+ 2 are asked for$"):
+        prepare(source, tmp_path / "one", 3, 2, *flag)  # nothing would fit: all are one person
     (tmp_path / "identity.txt").write_text("0.jpg\n")
     with pytest.raises(InputError, match="identity.txt: cannot be read as lines"):
         prepare(source, tmp_path / "data", 1, 1, *flag)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageFilter, features
 
 import data_utils
 import super_resolve
@@ -446,10 +446,12 @@ def test_a_photo_that_gains_nothing_is_not_written_unless_forced(network, tmp_pa
     assert "--force" in capsys.readouterr().out
     run(network, tmp_path / "out", path, "--detect", "--force", "--upscale", "1")
     assert Image.open(tmp_path / "out/p_restored.png").size == (200, 200)
-    monkeypatch.setattr(super_resolve, "MOST", 100)
+    monkeypatch.setattr(super_resolve, "MOST", 600 * 600)
     with pytest.raises(InputError, match="not done"):
-        run(network, tmp_path / "out", path, "--detect", "--force")
+        run(network, tmp_path / "out", path, "--detect", "--force", "--upscale", "4")
     assert "p.png: 800x800 px would be too large" in capsys.readouterr().err
+    run(network, tmp_path / "out", path, "--detect", "--force")  # the most that is allowed
+    assert Image.open(tmp_path / "out/p_restored.png").size == (600, 600)
 
 
 def test_compare_shows_the_face_as_the_photo_has_it(network, tmp_path, detector, monkeypatch):
@@ -463,11 +465,19 @@ def test_compare_shows_the_face_as_the_photo_has_it(network, tmp_path, detector,
     assert close(own, np.asarray(expected))
 
 
-def test_reduce(network, tmp_path):
+def test_reduce(network, tmp_path, capsys):
     image = picture(300, 200)
     run(network, tmp_path / "out", save(image, tmp_path / "a.png"), "--reduce", "20")
     assert close(Image.open(tmp_path / "out/a_sr.png"),
                  by_hand(network[1], image.resize((30, 20), BICUBIC)))
+    wide = save(picture(900, 60), tmp_path / "b.png")
+    with pytest.raises(SystemExit):
+        run_script(lambda: run(network, tmp_path / "out", wide, "--reduce", "20"))
+    said = capsys.readouterr().err
+    assert "b.png: 300x20 px is more than" in said and "--reduce" not in said
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--out_dir .*file: .* no folder that may be written to"):
+        run(network, tmp_path / "file", tmp_path / "a.png")
 
 
 def test_detect_keeps_grey_and_alpha(network, tmp_path, detector):
@@ -514,6 +524,25 @@ def test_the_angle_is_that_of_eyes_and_mouth_together():
     points = landmarks(50, 50, 60, 60)
     points[:2] = landmarks(50, 50, 60, 60, 20)[:2]
     assert np.rad2deg(super_resolve.face_square(points)[3]) == pytest.approx(10)
+
+
+@pytest.mark.parametrize("square", [(150.2, 90.7, 40.3, 0.5), (4.0, 3.0, 40.0, -2.0),
+                                    (298.0, 197.0, 31.0, 0.0)])
+def test_a_pasted_face_changes_what_it_would_in_the_whole_photo(square):
+    """Only the part around it is composed; also where it leaves the photo."""
+    photo, face = picture(300, 200), picture(64, 64, seed=1)
+    side = round(square[2])
+    mask = Image.new("L", (side, side), 0)
+    soft = side // 8
+    mask.paste(255, (soft, soft, side - soft, side - soft))
+    mask = mask.filter(ImageFilter.GaussianBlur(soft / 2))
+    matrix = np.linalg.inv(super_resolve.placement(square, side))
+    face_there, mask_there = (super_resolve.warp(image, matrix, photo.size)
+                              for image in (face.resize((side, side), BICUBIC), mask))
+    whole = Image.composite(face_there, photo, mask_there)
+    result = super_resolve.paste_face(photo, face, square)
+    assert result.size == photo.size and close(result, np.asarray(whole, float), within=1)
+    assert photo == picture(300, 200)
 
 
 def test_a_pasted_face_has_four_soft_edges():

@@ -414,7 +414,7 @@ def test_a_whole_number_of_the_benchmark_names_its_flag():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without CUDA")
 def test_the_benchmark_replaces_no_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "benchmark", lambda args: {})
+    monkeypatch.setattr(benchmark, "benchmark", lambda args: {"speedup": 2})
     monkeypatch.setattr(benchmark, "report", lambda result: "")
     path = tmp_path / "face.jpg"
     path.write_bytes(b"the user's")
@@ -423,7 +423,15 @@ def test_the_benchmark_replaces_no_picture(tmp_path, monkeypatch):
     assert path.read_bytes() == b"the user's"
     for _ in range(2):
         benchmark.main(["--json", str(tmp_path / "bench.json")])
-    assert (tmp_path / "bench.json").read_text() == "{}\n"
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"speedup": 2}
+    (tmp_path / "config.json").write_text('{"flags": {}}')
+    with pytest.raises(InputError, match="--json .*config.json: exists .* not overwritten"):
+        benchmark.main(["--json", str(tmp_path / "config.json")])
+
+
+def test_a_crop_larger_than_the_benchmarks_frames_is_refused():
+    with pytest.raises(InputError, match="--crop_size: takes 264 px"):
+        benchmark.main(["--crop_size", "264"])
 
 
 def test_the_benchmark_names_the_flag_that_asks_for_cuda():
@@ -1179,6 +1187,14 @@ def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch):
     assert (trained[0].lr, trained[0].pretrain_epochs) == (1e-4, 4)  # not --start's rate
     shown = Image.open(tmp_path / "demo" / "restored.png")
     assert shown.width > 3 * 128 and shown.height > 128
+
+
+def test_a_demo_leaves_a_users_run_alone(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "demo")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="demo holds a run that is no demo's"):
+        train_identity.main(["--demo", "--out_dir", str(tmp_path)])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_a_demo_that_was_interrupted_ends_with_its_evaluation(faces, tmp_path, monkeypatch, capsys):
