@@ -321,7 +321,7 @@ def save_run(folder, parts, progress):
     """Write `last.pt`, from which a run goes on exactly.
 
     parts: {name: anything with a state_dict()}; progress: a dict of numbers, strings, lists and
-    tensors. Random generators are added here.
+    tensors. Random generators are added here, from which nothing is drawn in an epoch today.
     """
     state = {"parts": {name: part.state_dict() for name, part in parts.items()},
              "progress": progress, "cpu_rng": torch.get_rng_state(),
