@@ -650,14 +650,8 @@ def compare_models(args, models, dataset, embedders, labels, device, context):
           f"comparison_*.png{' and sweep.*' * swept} to {folder}/")
 
 
-def check_outputs(args):
-    """Raise InputError where an output would lie among photographs, or a flag be ignored."""
-    folders = {"gallery": args.gallery} if args.gallery else {}
-    if args.pairs or not args.gallery:
-        folders["data_dir"] = args.data_dir
-    check_out_dir(args.out_dir, **folders)
-    if args.export_lr:
-        check_out_dir(args.export_lr, "--export_lr", **folders)
+def check_heeded(args):
+    """Raise InputError naming a flag that another one would have ignored."""
     unheeded = {"export": ("restored", "export_lr", "shift", "scale", "pairs", "gallery", "judge"),
                 "export_lr": ("restored", "shift", "scale", "pairs", "gallery", "judge"),
                 "pairs": ("restored", "shift", "scale"), "gallery": ("restored", "shift", "scale")}
@@ -667,12 +661,23 @@ def check_outputs(args):
                              f"--{flag}")
 
 
+def check_outputs(args):
+    """Raise InputError where an output would lie among photographs."""
+    folders = {"gallery": args.gallery} if args.gallery else {}
+    if args.pairs or not args.gallery:
+        folders["data_dir"] = args.data_dir
+    check_out_dir(args.out_dir, **folders)
+    if args.export_lr:
+        check_out_dir(args.export_lr, "--export_lr", **folders)
+
+
 def main(argv=None):
     args = parse(argv)
-    check_outputs(args)
+    check_heeded(args)
     if args.export:
         return export_generator(args)
     device = choose_device(args.device)
+    check_outputs(args)
     models, factor = load_models(args, device)
     if args.export_lr:
         return export_lr(load_dataset(args, factor), args.crop_size, args.export_lr)

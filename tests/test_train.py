@@ -1315,26 +1315,6 @@ def test_two_processes_that_are_stopped_go_on_exactly(faces, tmp_path):
         assert_same_bits(a, b)
 
 
-def test_a_rank_that_dies_ends_the_job(faces, tmp_path):
-    script = tmp_path / "dies.py"
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_identity\n"
-        "step = train_identity.apply_updates\n"
-        "def dies(run, with_gan):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        os._exit(7)\n"
-        "    step(run, with_gan)\n"
-        "train_identity.apply_updates = dies\n"
-        "train_identity.main(sys.argv[1:])\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                "--master_port", str(random.randint(20000, 40000))]
-    done = subprocess.run([*torchrun, script, *flags(faces, tmp_path / "run")], timeout=120,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode != 0 and re.search(r"exitcode\s*: 7\b", done.stderr), done.stderr
-
-
 @pytest.mark.parametrize("of_start", [True, False])
 @pytest.mark.parametrize("more", [[], ["--without", "back_projection"]])
 def test_the_flags_say_whether_a_start_projects_back(tmp_path, of_start, more):
