@@ -109,7 +109,19 @@ def train_all(args, training, data, again):
             train_run(runs[name, seed], [
                 *training, *flags, "--start", str(args.start), "--lr", lr, "--pretrain_epochs", "0",
                 "--num_epochs", str(args.epochs), "--seed", str(seed)], data, again)
+            check_networks(runs.values())
     return runs
+
+
+def check_networks(folders):
+    """Raise InputError naming the first run whose frozen networks are not the first one's."""
+    networks = {folder: checkpoints.read_config(folder / "config.json")["networks"]
+                for folder in folders}
+    first = next(iter(networks))
+    for folder in networks:
+        if networks[folder] != networks[first]:
+            raise InputError(f"{folder}: trained with other networks than {first}, "
+                             f"{networks[folder]}; choose another --out_dir")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -376,11 +388,6 @@ def main(argv=None):
             for name, photographs in (("train", train_set), ("valid", valid_set))}
     del train_set  # each run reads its own
     runs = train_all(args, training, data, again)
-    configs = [checkpoints.read_config(folder / "config.json") for folder in runs.values()]
-    for run, config in zip(runs.values(), configs):
-        if config["networks"] != configs[0]["networks"]:
-            raise InputError(f"{run}: trained with other networks than the first run "
-                             f"({config['networks']}); choose another --out_dir")
 
     for network in embedders.values():
         network.to(device)
@@ -388,6 +395,7 @@ def main(argv=None):
     averaged, summary = average_seeds(per_image, per_run, runs)
     pairs, curves = differences(averaged, per_run, runs), learning_curves(runs)
     last = last_epochs(curves, args.last_k)
+    configs = [checkpoints.read_config(folder / "config.json") for folder in runs.values()]
     weights = {name: {term: config["flags"][term] for term in ("alpha", "beta", "gamma")}
                for (name, _), config in zip(runs, configs)}
     words = conditions(args, configs)

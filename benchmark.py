@@ -400,7 +400,7 @@ def benchmark(args):
         ours, theirs = {}, {}
         result = {"batch_size": args.batch_size, "device": args.device,
                   "threads": torch.get_num_threads(), "precision": ask(project, "precision")}
-        # before the steps, which leave the allocator and the caches to themselves
+        # before the steps: after them it would run in memory that they have used
         result["data_images_per_second"] = ask(project, "data path")
         # the first call of each warms up: primitives are chosen
         compare(project, reference, "step", 1, args.batch_size)

@@ -54,7 +54,7 @@ from support.tables import (
     write_people,
     write_tables,
 )
-from support.torchscript import is_script, load_script
+from support.torchscript import load_script
 from support.verification import pair_rates, read_pairs, recognition, similarity
 
 BATCH = 20  # images at a time
@@ -277,9 +277,10 @@ def files_of_pairs(args):
     pictures = sorted({picture for _, *pair in pairs for picture in pair})
     names = sorted({name for name, _ in pictures})
     stems, found = [(name, f"{name}_{number:04d}") for name, number in pictures], {}
-    for folder in (Path(args.data_dir, name) for name in names):
+    for name in names:
+        folder = Path(args.data_dir, name)
         files = list_images(folder, "--data_dir") if folder.is_dir() else []
-        found[folder.name] = {stem: files[i] for stem, i in stems_of(files).items()}
+        found[name] = {stem: files[i] for stem, i in stems_of(files).items()}
     if missing := [f"{name}/{stem}" for name, stem in stems if stem not in found[name]]:
         raise InputError(f"--pairs {args.pairs}: {len(missing)} of its photographs are not in "
                          f"--data_dir {args.data_dir}: {', '.join(missing[:5])}")
@@ -606,8 +607,7 @@ def export_generator(args):
         raise InputError("--export writes one generator: give one --checkpoint, or one --blend")
     if not out:
         raise InputError(f"--export {kind}: give the file to write after it")
-    check_named("--export", out, export.FORMATS[kind],
-                is_script if kind == "torchscript" else lambda path: True)
+    check_named("--export", out, export.FORMATS[kind], export.is_export)
     path = args.checkpoint[0] if args.checkpoint else checkpoints.shipped_generator()
     if args.blend:
         generator = checkpoints.load_blend(path, *checkpoints.parse_blend(args.blend[0]))

@@ -294,6 +294,7 @@ def build_trainer(args, device, steps_per_epoch, world=1):
     for network in filter(None, (trainer.face_network, vgg)):
         cast_once(network, PRECISIONS[args.precision])
     trainer.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    trainer.scaler.scale(torch.zeros((), device=device))  # makes its state: a damaged one shows
     # A CPU is as fast with four images as with all, in less memory; a GPU wants the whole batch.
     trainer.chunk = 4 if device.type == "cpu" else args.batch_size
     trainer.checkpoint_chunk = 4 if device.type == "cpu" else None

@@ -49,8 +49,8 @@ def replacing(path):
             finally:
                 os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk to RuntimeError
-        if "CUDA" in str(error):  # the GPU's, which is met when its tensors are copied
-            raise
+        if isinstance(error, RuntimeError) and "CUDA" in str(error):
+            raise  # the GPU's, which is met when its tensors are copied
         reason = getattr(error, "strerror", None) or first_line(error)
         if "inline_container" in reason:  # that writer's words for a write cut short
             reason = "the disk is full, or took only a part"

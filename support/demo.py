@@ -20,10 +20,10 @@ def begin(out_dir, device):
     Everything is in the folder demo/ of `out_dir`, so that no run is ever overwritten.
     """
     folder = Path(out_dir, "demo")
+    check_replaceable(folder)
     portraits = {folder / "data" / split / f"{i:03}.png": Image.fromarray(array)
                  for split, n, seed in (("train", 64, 1), ("valid", 12, 2))
                  for i, array in enumerate(synthetic_portraits(n, 128, seed))}
-    check_replaceable(folder)
     figures.check_ours([*portraits, folder / "restored.png"])
     for path, portrait in portraits.items():
         figures.save_image(portrait, path)
@@ -44,7 +44,9 @@ def check_replaceable(folder):
         return
     flags = {}
     with suppress(InputError):
-        flags = checkpoints.read_config(folder / "config.json")["flags"]
+        flags = (checkpoints.read_run(folder)["progress"].get("flags", {})
+                 if (folder / "last.pt").exists() else
+                 checkpoints.read_config(folder / "config.json")["flags"])
     of_demo = Path(str(flags.get("train_dir"))).parts[-2:] == ("data", "train")
     if not (of_demo and flags.get("face_weights") == "random"):
         raise InputError(f"{folder} holds a run that is no demo's, and is left alone; move it, or "

@@ -2,6 +2,7 @@
 
 import warnings
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from support.checkpoints import replacing, save_safetensors
 from support.cli import InputError, first_line
 from support.fast_layers import PReLU
+from support.torchscript import SCRIPTED, names_inside
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}  # and suffixes
 
@@ -31,6 +33,14 @@ def export(generator, kind, path):
             torch.jit.trace(network, lr).save(str(temporary))
         else:
             write_onnx(network, lr, temporary)
+
+
+def is_export(path):
+    """Whether a file looks like one of FORMATS of a Generator, by names that lie in it."""
+    content = Path(path).read_bytes()
+    if Path(path).suffix == ".pt":  # the suffix of a run's last.pt, too
+        return SCRIPTED in names_inside(path)
+    return b"upsample.0.conv.weight" in content
 
 
 def write_onnx(network, lr, path):

@@ -18,6 +18,7 @@ import torchvision
 
 from support import checkpoints, figures
 from support.cli import InputError, check_out_dir, check_stored, log, shown
+from support.tables import check_tables
 
 try:
     import fcntl
@@ -139,6 +140,7 @@ def open_run(args):
     holds_a_run = (folder / "last.pt").exists() or any(folder.glob("net[GD]_epoch_*.pth"))
     if not holds_a_run:
         figures.check_ours(pictures)
+        check_tables(folder, ["train_results.csv"])
         if (folder / "config.json").exists():  # another program's must not be written over
             checkpoints.read_config(folder / "config.json")
     if (holds_a_run or pictures) and not (args.resume or args.overwrite):

@@ -14,8 +14,8 @@ from support.verification import recognition, similarity
 LEVEL = 0.05  # of p-values, after Holm's correction
 RATES = ("rank1", "rank5", "auc", "tar_at_far_1")
 # How the files begin that evaluate.py and ablation.py write, by suffix.
-BEGINNINGS = {".csv": ("framing,", "sweep,", "protocol,", "name,"), ".md": ("## ", "# Ablation"),
-              ".html": ("<!doctype html>",)}
+BEGINNINGS = {".csv": ("framing,", "sweep,", "protocol,", "name,", "model,", "Epoch,"),
+              ".md": ("## ", "# Ablation", "| model"), ".html": ("<!doctype html>",)}
 
 
 def is_distance(metric):

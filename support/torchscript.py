@@ -21,11 +21,6 @@ def names_inside(path):
         return set()
 
 
-def is_script(path):
-    """Whether a file is TorchScript."""
-    return SCRIPTED in names_inside(path)
-
-
 def load_script(path):
     """A TorchScript file -> the network in eval mode. Raises InputError naming --judge."""
     inside = names_inside(path)

@@ -1,5 +1,6 @@
 """checkpoints.py: the public layout, untrusted files, files that survive, blends."""
 
+import errno
 import json
 import os
 import pickle
@@ -287,6 +288,12 @@ def test_a_failure_while_writing_leaves_the_old_file(failure, tmp_path):
         assert path.read_text() == "old"
         raise failure
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_of_a_folder_called_cuda_is_a_full_disk(tmp_path):
+    with pytest.raises(InputError, match="could not write .*No space left on device; free some"):
+        with checkpoints.replacing(tmp_path / "last.pt"):
+            raise OSError(errno.ENOSPC, "No space left on device", "/data/CUDA/last.pt")
 
 
 def test_an_error_without_words_is_still_one_line(tmp_path):

@@ -31,6 +31,7 @@ def network(tmp_path_factory):
 def exported(network, kind, path):
     evaluate.main(["--export", kind, str(path), "--checkpoint", str(network[0])])
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # one file, and complete
+    assert evaluate.export.is_export(path)  # and may be replaced
     return str(path)
 
 
@@ -107,10 +108,12 @@ def test_a_file_of_another_kind_is_not_replaced(network, tmp_path, monkeypatch, 
     assert path.read_bytes() == b"the user's"
     path = path.rename(tmp_path / f"generator{suffix}")
     monkeypatch.setattr(evaluate.export, "export", lambda *_: None)
-    if kind == "torchscript":  # the suffix of a run's last.pt, too
-        with pytest.raises(InputError, match=f"--export {path}: .* not overwritten"):
-            exported(network, kind, path)
+    with pytest.raises(InputError, match=f"--export {path}: .* not overwritten"):
+        exported(network, kind, path)  # another's, of the right suffix
+    if kind == "torchscript":
         torch.jit.script(torch.nn.Identity()).save(path)
+    else:
+        path.write_bytes(b"... upsample.0.conv.weight ...")
     exported(network, kind, path)
 
 

@@ -237,6 +237,12 @@ def test_flags_that_resume_would_not_heed_are_refused(run, more):
                                                              *more])
 
 
+def test_the_table_of_another_program_is_not_written_over(faces, tmp_path):
+    (tmp_path / "train_results.csv").write_text("the user's")
+    assert "train_results.csv was not written by this project" in refused(flags(faces, tmp_path))
+    assert (tmp_path / "train_results.csv").read_text() == "the user's"
+
+
 def test_flags_that_the_demo_would_not_heed_are_refused(tmp_path):
     message = refused(["--demo", "--out_dir", str(tmp_path), "--num_epochs", "1"])
     assert message.startswith("--demo: takes --out_dir and --device alone")

@@ -353,6 +353,9 @@ def test_people_that_cannot_be_compared_are_named(people, tmp_path, tiny):
     bad.write_text("2 1\nNobody 1 2\nPerson_0 1 Person_1 1\nPerson_1 1 2\nPerson_1 1 Person_0 1")
     with pytest.raises(InputError, match="2 of its photographs are not in .*: Nobody/Nobody_0001"):
         evaluate.main(["--data_dir", str(people / "faces"), "--pairs", str(bad), *rest])
+    bad.write_text(bad.read_text().replace("Nobody", "sub/Person_0"))
+    with pytest.raises(InputError, match="2 of its photographs are not in .*: sub/Person_0/"):
+        evaluate.main(["--data_dir", str(people / "faces"), "--pairs", str(bad), *rest])
     with pytest.raises(InputError, match="--gallery .*no such folder"):
         evaluate.main(["--gallery", str(tmp_path / "no"), *rest])
     with pytest.raises(InputError, match="--crop_size: takes 264 px"):

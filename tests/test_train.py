@@ -370,6 +370,14 @@ def test_the_default_recipe_is_what_help_says():
         assert any(number in why for why in train_identity.DEPARTURES.values()), number
 
 
+def test_a_damaged_scale_is_seen_when_it_is_restored():
+    trainer, _, _ = small_run("--alpha", "0", "--precision", "fp16")
+    state = trainer.scaler.state_dict()
+    assert state["scale"] == 2 ** 16
+    with pytest.raises((TypeError, RuntimeError)):
+        trainer.scaler.load_state_dict(state | {"scale": "x"})
+
+
 def test_a_preset_gives_way_to_a_weight_of_its_own():
     assert train_identity.parse(["--preset", "visual", "--gamma", "3"]).gamma == 3
     assert train_identity.parse(["--preset", "visual"]).gamma == 0.006
@@ -981,9 +989,10 @@ def test_a_run_goes_on_without_the_generator_of_its_start(faces, tmp_path, finis
     assert (config["flags"]["lr"], config["flags"]["pretrain_epochs"]) == (2e-5, 1)
 
 
-def test_a_run_gives_the_signals_back(faces, tmp_path):
+def test_a_run_gives_the_signals_back(faces, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in run_folder.STOP_SIGNALS]
-    train_identity.main(flags(faces, tmp_path, "--num_epochs", "1"))
+    monkeypatch.setattr(train_identity, "train", lambda args: run_folder.catch_signals(1))
+    train_identity.main(flags(faces, tmp_path))
     assert [signal.getsignal(number) for number in run_folder.STOP_SIGNALS] == before
 
 
@@ -1195,6 +1204,11 @@ def test_a_demo_leaves_a_users_run_alone(finished, tmp_path):
     with pytest.raises(InputError, match="demo holds a run that is no demo's"):
         train_identity.main(["--demo", "--out_dir", str(tmp_path)])
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    state = checkpoints.read_run(finished)  # a demo that was stopped early has no config.json
+    state["progress"]["flags"] |= {"train_dir": "x/demo/data/train", "face_weights": "random"}
+    checkpoints.save_torch(state, tmp_path / "demo" / "last.pt")
+    (tmp_path / "demo" / "config.json").unlink()
+    demo.check_replaceable(tmp_path / "demo")
 
 
 def test_a_demo_that_was_interrupted_ends_with_its_evaluation(faces, tmp_path, monkeypatch, capsys):
