@@ -109,19 +109,17 @@ def train_all(args, training, data, again):
             train_run(runs[name, seed], [
                 *training, *flags, "--start", str(args.start), "--lr", lr, "--pretrain_epochs", "0",
                 "--num_epochs", str(args.epochs), "--seed", str(seed)], data, again)
-            check_networks(runs.values())
+            check_networks(runs[name, seed], next(iter(runs.values())))
     return runs
 
 
-def check_networks(folders):
-    """Raise InputError naming the first run whose frozen networks are not the first one's."""
-    networks = {folder: checkpoints.read_config(folder / "config.json")["networks"]
-                for folder in folders}
-    first = next(iter(networks))
-    for folder in networks:
-        if networks[folder] != networks[first]:
-            raise InputError(f"{folder}: trained with other networks than {first}, "
-                             f"{networks[folder]}; choose another --out_dir")
+def check_networks(folder, first):
+    """Raise InputError if a run's frozen networks are not the first run's."""
+    networks, wanted = (checkpoints.read_config(run / "config.json")["networks"]
+                        for run in (folder, first))
+    if networks != wanted:
+        raise InputError(f"{folder}: trained with other networks than {first}, {networks}; choose "
+                         "another --out_dir")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -381,8 +379,8 @@ def main(argv=None):
     folder = Path(args.results_dir)
     check_out_dir(folder, "--results_dir", train_dir=settings.train_dir,
                   valid_dir=settings.valid_dir)
-    figures.check_ours([folder / "ablation.png"], "--results_dir")
-    tables.check_tables(folder, ["ablation.csv", "ablation.md"], "--results_dir")
+    figures.check_ours([folder / f"ablation.{kind}" for kind in ("csv", "md", "png")],
+                       "--results_dir")
     train_set, valid_set = load_data(settings)
     data = {name: {"n": len(photographs), "hash": photographs.digest()}
             for name, photographs in (("train", train_set), ("valid", valid_set))}

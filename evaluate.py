@@ -46,7 +46,6 @@ from support.cli import (
 from support.figures import save_image, to_image
 from support.machine import DEVICES, PRECISIONS, autocast, choose_device, fast_precision
 from support.tables import (
-    check_tables,
     differences,
     is_distance,
     left_out,
@@ -339,7 +338,7 @@ def compare_people(args, models, factor, embedders, labels, device, context):
 
     The model HR is the ceiling, bicubic the floor.
     """
-    check_tables(args.out_dir, ["people.csv", "people.md"])
+    figures.check_ours(Path(args.out_dir, f"people.{kind}") for kind in ("csv", "md"))
     rows = []
     for protocol, source in (("pairs", args.pairs), ("gallery", args.gallery)):
         if not source:
@@ -623,11 +622,10 @@ def compare_models(args, models, dataset, embedders, labels, device, context):
     embedders, labels: of `load_embedders`.
     """
     folder, tables, pictures = Path(args.out_dir), {}, {}
-    names = [f"comparison_{framing_name(size)}.png" for size in args.crop_size]
     swept = bool(args.shift or args.scale)
-    figures.check_ours(folder / name for name in names + ["sweep.png"] * swept)
-    check_tables(folder, ["per_image.csv", "summary.csv", "differences.csv", "summary.md",
-                          "report.html"] + ["sweep.csv"] * swept)
+    names = [*(f"comparison_{framing_name(size)}.png" for size in args.crop_size), "report.html",
+             "per_image.csv", "summary.csv", "summary.md", "differences.csv"]
+    figures.check_ours(folder / name for name in names + ["sweep.csv", "sweep.png"] * swept)
     framings = [dataset.framed(size) for size in args.crop_size]
     of_framing = [with_restored(models, args.restored, framing) for framing in framings]
     for framing, shown in zip(framings, of_framing):

@@ -105,6 +105,7 @@ def discriminator_step(trainer, sr, hr, logged, scale):
     """
     kind, logits, gradients = trainer.loss.gan_loss, [], []
     several_processes = trainer.ddpD is not trainer.netD
+    parameters = list(trainer.netD.parameters())
     passes = discriminator_batches(trainer.mixed_batches, hr, sr)
     for number, (real, fake) in enumerate(passes, 1):
         # several processes exchange the gradients once, with those of the last pass
@@ -121,7 +122,7 @@ def discriminator_step(trainer, sr, hr, logged, scale):
                 gradients += torch.autograd.grad(adversarial_loss(kind, fake_logits) * share, fake,
                                                  retain_graph=True)
                 loss_d += fake_loss(kind, fake_logits) * share
-            loss_d.backward(inputs=list(trainer.netD.parameters()))
+            loss_d.backward(inputs=parameters)
         logits.append((real_logits.detach().float(), fake_logits.detach().float()))
     real_logits, fake_logits = map(torch.cat, zip(*logits))
     logged |= {"adversarial": adversarial_loss(kind, fake_logits),
@@ -291,8 +292,9 @@ def build_trainer(args, device, steps_per_epoch, world=1):
     if args.precision == "auto":
         args.precision = fast_precision(device)  # noted with the flags: part of what the run is
     trainer.autocast = autocast(device, args.precision)
-    for network in filter(None, (trainer.face_network, vgg)):
-        cast_once(network, PRECISIONS[args.precision])
+    cast_once(trainer.face_network, PRECISIONS[args.precision])
+    if args.alpha:
+        cast_once(vgg, PRECISIONS[args.precision])
     trainer.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     trainer.scaler.scale(torch.zeros((), device=device))  # makes its state: a damaged one shows
     # A CPU is as fast with four images as with all, in less memory; a GPU wants the whole batch.

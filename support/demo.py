@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from support import checkpoints, figures
+from support import checkpoints, figures, run_folder
 from support.cli import InputError, log
 from support.portraits import synthetic_portraits
 
@@ -40,7 +40,7 @@ def begin(out_dir, device):
 
 def check_replaceable(folder):
     """Raise InputError if a folder holds a run that is no demo's."""
-    if not (folder / "last.pt").exists() and not any(folder.glob("net[GD]_epoch_*.pth")):
+    if not run_folder.holds_a_run(folder):
         return
     flags = {}
     with suppress(InputError):

@@ -37,10 +37,9 @@ def export(generator, kind, path):
 
 def is_export(path):
     """Whether a file looks like one of FORMATS of a Generator, by names that lie in it."""
-    content = Path(path).read_bytes()
     if Path(path).suffix == ".pt":  # the suffix of a run's last.pt, too
         return SCRIPTED in names_inside(path)
-    return b"upsample.0.conv.weight" in content
+    return b"upsample.0.conv.weight" in Path(path).read_bytes()
 
 
 def write_onnx(network, lr, path):

@@ -17,6 +17,9 @@ from support.cli import InputError
 # matplotlib is imported where something is plotted: it would add a second to every --help.
 
 SOFTWARE = "Identity-preserving super-resolution of faces"  # in each picture: we wrote it
+# How our tables and pages begin, by suffix.
+BEGINNINGS = {".csv": (b"framing,", b"sweep,", b"protocol,", b"name,", b"model,", b"Epoch,"),
+              ".md": (b"## ", b"# Ablation", b"| model"), ".html": (b"<!doctype html>",)}
 
 # The report's "Results Summary": PSNR-Y in dB, SSIM, cosine.
 REPORT = {
@@ -61,7 +64,11 @@ def check_ours(paths, flag="--out_dir"):
 
 
 def is_marked(path):
-    """Whether a file is a PNG that `save_image` or `save_plot` wrote."""
+    """Whether a file is a PNG of `save_image` or `save_plot`, a table of ours, or an empty one."""
+    if path.suffix in BEGINNINGS:
+        with open(path, "rb") as file:
+            beginning = file.read(20)
+        return not beginning or beginning.startswith(BEGINNINGS[path.suffix])
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.info.get("Software") == SOFTWARE

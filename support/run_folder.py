@@ -18,7 +18,6 @@ import torchvision
 
 from support import checkpoints, figures
 from support.cli import InputError, check_out_dir, check_stored, log, shown
-from support.tables import check_tables
 
 try:
     import fcntl
@@ -129,6 +128,11 @@ def lock(args):
                     folder.rmdir()
 
 
+def holds_a_run(folder):
+    """Whether a folder has a training state or networks of a run."""
+    return (folder / "last.pt").exists() or any(folder.glob("net[GD]_epoch_*.pth"))
+
+
 def open_run(args):
     """The state to resume from, or None for a new run; changes nothing that a person may want.
 
@@ -137,13 +141,11 @@ def open_run(args):
     """
     folder = Path(args.out_dir)
     pictures = [*folder.glob("curves.png"), *folder.glob("samples/epoch_*.png")]
-    holds_a_run = (folder / "last.pt").exists() or any(folder.glob("net[GD]_epoch_*.pth"))
-    if not holds_a_run:
-        figures.check_ours(pictures)
-        check_tables(folder, ["train_results.csv"])
+    if not holds_a_run(folder):
+        figures.check_ours([*pictures, folder / "train_results.csv"])
         if (folder / "config.json").exists():  # another program's must not be written over
             checkpoints.read_config(folder / "config.json")
-    if (holds_a_run or pictures) and not (args.resume or args.overwrite):
+    if (holds_a_run(folder) or pictures) and not (args.resume or args.overwrite):
         raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
                          f"{folder}), choose another --out_dir, or replace it (--overwrite)")
     for written in (folder, folder / "samples"):

@@ -7,15 +7,12 @@ import numpy as np
 import pandas as pd
 
 from support import checkpoints
-from support.cli import InputError, markdown_table
+from support.cli import markdown_table
 from support.statistics import RESAMPLES, bootstrap, holm, p_value
 from support.verification import recognition, similarity
 
 LEVEL = 0.05  # of p-values, after Holm's correction
 RATES = ("rank1", "rank5", "auc", "tar_at_far_1")
-# How the files begin that evaluate.py and ablation.py write, by suffix.
-BEGINNINGS = {".csv": ("framing,", "sweep,", "protocol,", "name,", "model,", "Epoch,"),
-              ".md": ("## ", "# Ablation", "| model"), ".html": ("<!doctype html>",)}
 
 
 def is_distance(metric):
@@ -208,21 +205,6 @@ def write_people(folder, rows, labels):
     checkpoints.save_csv(pd.DataFrame(flat), folder / "people.csv")
     checkpoints.save_text(text, folder / "people.md")
     print(text, end="")
-
-
-def check_tables(folder, names, flag="--out_dir"):
-    """Raise InputError naming the first of these files that is there and is not one of ours.
-
-    flag: what the user may change to write elsewhere.
-    """
-    for path in (Path(folder, name) for name in names):
-        if not path.exists() or path.is_file() and not path.stat().st_size:
-            continue
-        ours = path.is_file() and path.read_bytes()[:80].decode(errors="replace").startswith(
-            BEGINNINGS[path.suffix])
-        if not ours:
-            raise InputError(f"{path} was not written by this project and is not overwritten; move "
-                             f"it, or choose another {flag}")
 
 
 def write_tables(folder, tables, labels, pictures):

@@ -148,7 +148,8 @@ def test_without_a_flag_it_is_the_whole_study(done, tmp_path, monkeypatch):
     """Six weightings, three seeds, 15 GAN epochs from the shipped generator of the pixel loss."""
     called = []
     monkeypatch.setattr(train_identity, "main", called.append)
-    monkeypatch.setattr(ablation, "check_networks", lambda folders: None)  # nothing is trained
+    # nothing is trained
+    monkeypatch.setattr(ablation, "check_networks", lambda folder, first: None)
     args = ablation.parse(["--out_dir", str(tmp_path)])
     assert args.judge == ["dlib"] and args.training == []
     runs = ablation.train_all(args, [], {}, "")

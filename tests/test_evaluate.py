@@ -698,8 +698,9 @@ def test_the_users_tables_are_not_written_over(checkpoint, tmp_path, name):
                        "32", "--shift", "1", "--face_weights", "random", "--out_dir",
                        str(tmp_path)])
     assert path.read_text() == "the user's"
-    tables.check_tables(Path(evaluate.__file__).parent / "results",
-                        ["sweep.csv", "ablation.csv", "ablation.md", "none.csv"])
+    ours = Path(evaluate.__file__).parent / "results"
+    evaluate.figures.check_ours(ours / name for name in ("sweep.csv", "ablation.csv",
+                                                         "ablation.md", "none.csv"))
 
 
 def test_the_pictures_are_the_best_the_median_and_the_worst(frames):

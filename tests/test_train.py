@@ -887,12 +887,12 @@ def test_a_signal_to_the_loaders_processes_is_the_runs_business():
     assert seen + [batch.item() for batch in batches] == list(range(200))
 
 
-def test_killed_at_eight_random_moments(faces, finished, tmp_path):
+def test_killed_at_twelve_random_moments(faces, finished, tmp_path):
     """kill -9, again and again, while last.pt is written after every step: nothing is lost."""
     context = ranks.forkserver()
     rng, folder, argv, kills = random.Random(0), tmp_path / "run", None, 0
     started = time.monotonic()
-    while kills < 8:
+    while kills < 12:
         argv = (["--resume", "--out_dir", str(folder)] if (folder / "last.pt").exists()
                 else flags(faces, folder, "--num_epochs", "200"))
         process = context.Process(target=ranks.train_and_save_always, args=(argv,))
