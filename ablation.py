@@ -1,6 +1,6 @@
 """The report's objective 5 in one command: an ablation study of the identity loss.
 
-    python ablation.py                         # six weightings, three seeds: 270 GAN epochs
+    python ablation.py                         # seven weightings, three seeds: 315 GAN epochs
     python ablation.py --gamma 10 --seeds 0    # the report's three weightings and one more, once
 
 Every run trains GAN epochs alone, from the same generator of the pixel loss; runs of the same seed
@@ -255,7 +255,7 @@ def conditions(args, configs):
             f"frames), {flags['upscale_factor']}x. Each run: {args.epochs} epochs from the same "
             f"generator ({Path(args.start).name}; SHA-256 {config['start'][:12]}), seeds "
             f"{', '.join(map(str, args.seeds))}, batches of {flags['batch_size']}, learning rate "
-            f"{flags['lr']:g}, {flags['precision']}; departures from the report left out: "
+            f"{flags['lr']:g}, {flags['precision']}; departures undone (--without): "
             f"{', '.join(flags['without']) or 'none'}; commit {', '.join(commits)}. Networks: "
             f"VGG16 {networks['vgg16']}; InceptionResnetV1 {networks['inception_resnet_v1']}.")
 
@@ -276,7 +276,7 @@ def report(args, words, summary, labels, pairs, last, weights):
         f"checkpoints, {RESAMPLES:,} paired bootstrap samples of the photographs), its p-value is "
         f"below {tables.LEVEL} after Holm's correction for all comparisons of that metric, and it "
         "is larger than the spread between seeds: the largest minus the smallest of the "
-        "differences that each seed shows by itself. Differences without a cause would pass this "
+        "differences that each seed shows by itself. Pure noise would pass this "
         f"second test in {passed_by_noise(len(args.seeds)):.0%} of all cases with "
         f"{len(args.seeds)} seed(s): more seeds, a sharper test.", "",
         *(f"- {sentence(pair)}" for pair in pairs.itertuples()), "",
@@ -335,8 +335,9 @@ def parse(argv=None):
                     f"Unless --lr says another, the learning rate begins at {RATE:g}.",
         epilog="example: python ablation.py --gamma 3 10 --seeds 0 1")
     add = parser.add_argument_group("what").add_argument
-    add("--gamma", nargs="*", type=float, default=[0.05, 1, 3],
-        help="further identity weights, with alpha and beta of the identity preset")
+    add("--gamma", nargs="*", type=float, default=[0, 0.05, 1, 3],
+        help="further identity weights, with alpha and beta of the identity preset (0: what its "
+             "alpha does by itself)")
     add("--seeds", nargs="+", type=not_negative, default=[0, 1, 2],
         help="seeds of each configuration")
     add("--start", help="generator to start from (default: the shipped one of the pixel loss)")

@@ -1,7 +1,8 @@
 """From photographs of faces to (LR, HR) pairs: the report's "Dataset and Preprocessing".
 
-A photograph is brought to 256 px on its shorter side, cropped to `crop_size` (128) and downscaled
-bicubically by `upscale_factor` (8); both pictures are rounded to 8 bit, as real files are.
+A larger photograph is reduced to 256 px on its shorter side, then each is cropped to `crop_size`
+(128) and downscaled bicubically by `upscale_factor` (8); both pictures are rounded to 8 bit, as
+real files are.
 """
 
 import contextlib
@@ -28,12 +29,13 @@ CROPS = ("center", "random", "mixed")
 # Of the crops in --crop mixed; results/EXPERIMENTS.md, "Which crops to train on".
 MIX = {"center": 0.1, "random": 0.5, "rescaled": 0.3, "recoloured": 0.1}
 SCALES = (0.5, 1.5)  # of the face in a rescaled crop
-MIDDLE = np.nextafter(0.5, 0)  # of the places for a crop: the lower of two where there are two
+MIDDLE = np.nextafter(0.5, 0)  # a central crop's place; rounds down where two are central
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 # What Pillow may try on a file, whatever its suffix: nothing that runs other programs. JPEG takes
 # in MPO, the JPEG of many phones.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 NAMES = {"WEBP": "WebP"}  # as a person writes them, where Pillow does not
+PUT_BACK = "put it back and run the command again (a training: with --resume)"
 
 # read_image refuses what this warns of
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -168,9 +170,9 @@ class FaceFolder(Dataset):
     """What the two data sets share: every file is read and checked once, then held as uint8.
 
     `files`: sorted paths. `hashes`: one hex digest of the 256 px frame's pixels per file. `cached`:
-    whether the pictures fit into `cache_gb` GiB; if not, they are decoded again when asked for and
-    a file that has vanished or changed since the check is an InputError that names it. copies: of
-    each picture that will be held.
+    whether as many square pictures fit into `cache_gb` GiB; if not, they are decoded again when
+    asked for and a file that has vanished or changed since the check is an InputError that names
+    it. copies: of each picture that will be held.
     """
 
     def __init__(self, dataset_dir, crop_size, upscale_factor, keep_frames, cache_gb, flag,
@@ -213,10 +215,9 @@ class FaceFolder(Dataset):
         try:
             stat = os.stat(path)
         except OSError:
-            raise InputError(f"{path}: vanished after the run had started; put it back and "
-                             "--resume") from None
+            raise InputError(f"{path}: vanished after the run had started; {PUT_BACK}") from None
         if (stat.st_size, stat.st_mtime_ns) != self.stats[index]:
-            raise InputError(f"{path}: changed after the run had started; put it back and --resume")
+            raise InputError(f"{path}: changed after the run had started; {PUT_BACK}")
         return self._kept(to_frame(read_image(path)))
 
     def digest(self):
@@ -264,7 +265,7 @@ class TrainDatasetFromFolder(FaceFolder):
         self.precomputed = {}
         if self.cached:
             indices = np.flatnonzero((self.scales != 1) | self.recoloured).tolist()
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 self.precomputed = dict(zip(indices, pool.map(self.crop, indices)))
 
     def cache_keys(self, indices):
@@ -453,7 +454,7 @@ def epoch_order(n, batch_size, seed, epoch, rank, world):
 
     batch_size: of all ranks together.
     """
-    # the sampler adds the epoch to its seed: 2^20 apart, no seed's orders are another's an epoch on
+    # the sampler seeds with seed + epoch: 2^20 apart, no two runs share an order
     sampler = DistributedSampler(range(n), world, rank, shuffle=True, seed=seed << 20)
     sampler.set_epoch(epoch)
     order, size = list(sampler), batch_size // world

@@ -11,6 +11,7 @@ import support  # noqa: F401  first, for Ctrl-C
 
 # isort: split
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def load_judge(name):
 
         return load_dlib()
     if name in ("casia-webface", "vggface2", "random"):
-        network = load_face_network(name)
+        network = load_face_network(name, "--judge")
     elif not Path(name).is_file():
         raise InputError(f"--judge {name}: no such file; give dlib, casia-webface or the path of "
                          "a TorchScript file")
@@ -278,7 +279,7 @@ def files_of_pairs(args):
     stems, found = [(name, f"{name}_{number:04d}") for name, number in pictures], {}
     for name in names:
         folder = Path(args.data_dir, name)
-        files = list_images(folder, "--data_dir") if folder.is_dir() else []
+        files = photographs_of(folder, "--data_dir") if folder.is_dir() else []
         found[name] = {stem: files[i] for stem, i in stems_of(files).items()}
     if missing := [f"{name}/{stem}" for name, stem in stems if stem not in found[name]]:
         raise InputError(f"--pairs {args.pairs}: {len(missing)} of its photographs are not in "
@@ -290,12 +291,21 @@ def files_of_pairs(args):
             np.array([fold for fold, *_ in pairs]))
 
 
+def photographs_of(person, flag):
+    """Sorted photographs in a person's folder. Raises InputError naming it if there is none."""
+    try:
+        return list_images(person, flag)
+    except InputError:
+        raise InputError(f"{person}: no photograph in it; {flag} must hold a folder with "
+                         "photographs for each person") from None
+
+
 def files_of_gallery(folder):
     """Photographs of --gallery, a folder per person -> (paths, (n,) people as numbers from 0)."""
     if not Path(folder).is_dir():
         raise InputError(f"--gallery {folder}: no such folder; give one with a folder per person")
     people = sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != ".")
-    files = [list_images(person, "--gallery") for person in people]
+    files = [photographs_of(person, "--gallery") for person in people]
     if len(people) < 2 or max(map(len, files)) < 2:
         raise InputError(f"--gallery {folder}: must hold a folder for each of two or more people, "
                          "with two or more photographs of somebody")
@@ -431,7 +441,7 @@ def load_models(args, device):
     for path in paths:
         name = Path(path).stem
         taken = name in networks or name in ("bicubic", "HR")
-        networks[str(path) if taken else name] = checkpoints.load_generator(path)
+        networks[os.path.abspath(path) if taken else name] = checkpoints.load_generator(path)
     for text in args.blend:
         other, weight = checkpoints.parse_blend(text)
         name = f"{Path(paths[0]).stem}+{weight:g}*{Path(other).stem}"
@@ -664,9 +674,10 @@ def check_outputs(args):
     folders = {"gallery": args.gallery} if args.gallery else {}
     if args.pairs or not args.gallery:
         folders["data_dir"] = args.data_dir
-    check_out_dir(args.out_dir, **folders)
     if args.export_lr:
         check_out_dir(args.export_lr, "--export_lr", **folders)
+    else:
+        check_out_dir(args.out_dir, **folders)
 
 
 def main(argv=None):

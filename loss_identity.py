@@ -114,21 +114,21 @@ def load_vgg(weights):
     return _frozen(network, _label(weights, features))
 
 
-def load_face_network(weights):
+def load_face_network(weights, flag="--face_weights"):
     """InceptionResnetV1: faces (N, 3, 160, 160) in [-1, 1] -> unit embeddings (N, 512).
 
     `weights`: vggface2, casia-webface, random or a state dict's path. Frozen, eval mode, each
     BatchNorm folded into its convolution (the same function, a third fewer passes over memory).
-    `.label` says what was loaded. Raises InputError if the weights cannot be loaded.
+    `.label` says what was loaded. Raises InputError naming `flag` if that fails.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         network = InceptionResnetV1().eval()
     if weights == "random":
-        label = _announce_random("InceptionResnetV1", "--face_weights")
+        label = _announce_random("InceptionResnetV1", flag)
     else:
         folder = Path(os.path.dirname(torch.hub.get_dir()), "checkpoints")  # facenet-pytorch's
-        state, source = _load_state(weights, FACE_URLS.get(weights), folder, "--face_weights")
+        state, source = _load_state(weights, FACE_URLS.get(weights), folder, flag)
         state = {k: v for k, v in state.items() if not k.startswith("logits.")}
         _fill(network, state, source, "InceptionResnetV1 (facenet-pytorch layout)")
         label = _label(weights, state)
@@ -185,13 +185,13 @@ def _load_state(weights, url, folder, flag):
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
         except Exception as error:  # urllib, sockets, SSL, a full disk: all end the same way
-            raise InputError(
-                f"could not download {path.name} ({error}); fetch {url} elsewhere and put it at "
-                f"{path}, or name a local copy with {flag} PATH") from None
+            raise InputError(f"{flag} {weights}: could not download {path.name} ({error}); fetch "
+                             f"{url} elsewhere and put it at {path}") from None
     try:
         state = read_state(path)
     except InputError as error:
-        raise InputError(f"{error}; name another copy with {flag} PATH") from None
+        advice = "remove that file, to download it anew" if url else "name another copy"
+        raise InputError(f"{flag} {weights}: {error}; {advice}") from None
     return state, path
 
 

@@ -53,7 +53,7 @@ class Generator(nn.Module):
     `scale_factor` s is a power of two from 2 up and takes log2(s) sub-pixel blocks: three at the
     report's 8x. `icnr` starts each sub-pixel convolution as a nearest-neighbour upsampling
     (Aitken et al. 2017), so that no checkerboard has to be unlearned. `back_projection`: whether
-    SR is corrected by `back_project`; an empty buffer of that name tells a checkpoint's reader.
+    SR is corrected by `back_project`; a buffer of that name in a checkpoint says so.
     Raises ValueError on another factor.
     """
 
@@ -125,7 +125,7 @@ def probability(logits):
 
 
 def back_project(sr, lr):
-    """SR plus what its reduction lacks of LR: (N, 3, s*h, s*w), (N, 3, h, w) -> like sr, in [0, 1].
+    """SR + enlarge(LR - reduce(SR)): (N, 3, s*h, s*w), (N, 3, h, w) -> like sr, in [0, 1].
 
     One step of back-projection (Irani and Peleg, "Improving resolution by image registration",
     1991): LR tells the coarse colours of SR exactly, so none of them need be guessed. Bicubic and

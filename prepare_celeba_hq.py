@@ -70,7 +70,7 @@ def find_photographs(source):
                 raise zipfile.BadZipFile("a pipe")
             with zipfile.ZipFile(source) as archive:
                 members = archive.namelist()
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged directory raises what it likes
             raise InputError(f"{source}: neither a folder nor a zip that can be read "
                              f"({getattr(error, 'strerror', None) or error})") from None
         for member in members:
@@ -395,6 +395,9 @@ def main(argv=None):
         help="make nothing; report on DIR, a data folder or a folder of images: sizes, unreadable "
              "files, faces found by MTCNN (about 0.1 s per image), photographs in both splits")
     args = parser.parse_args(argv)
+    if args.check and (args.source or args.identity_file):
+        raise InputError("--check reports on DIR alone; leave out the photographs and "
+                         "--identity_file")
     if args.check:
         check(args.check)
     elif args.source:

@@ -67,13 +67,14 @@ def find_inputs(arguments, fail, formats=FORMATS):
     """
     paths, suffixes = {}, SUFFIXES | MORE_SUFFIXES.keys()
     arguments = [path for argument in arguments for path in (
-        re.split("[\n\0]", sys.stdin.read()) if argument == "-" else [argument]) if path]
+        re.split("[\n\0]", sys.stdin.read() if sys.stdin else "") if argument == "-"
+        else [argument]) if path]
     for argument in map(Path, arguments):
         try:
             found = [argument]
             if argument.is_dir():
                 found = list_images(argument, "the argument", formats, suffixes)
-        except InputError as error:
+        except (InputError, OSError) as error:  # a name that is too long, a folder not to be read
             fail(error)
             continue
         for path in found:
@@ -112,13 +113,15 @@ def split_alpha(image):
 def like_original(rgb, original, alpha=None):
     """An RGB result -> grey if `original` is grey; with `alpha` (L), resized bicubically.
 
-    The colour profile is kept: without it a phone's wide-gamut colours would turn dull.
+    The colour profile is kept: without it a phone's wide-gamut colours would turn dull. One of
+    inks or of Lab says nothing of RGB.
     """
     grey = original.mode in ("1", "L", "LA") or original.mode.startswith("I")
     result = rgb.convert("L") if grey else rgb.copy()
     if alpha is not None:
         result.putalpha(alpha.resize(rgb.size, Image.Resampling.BICUBIC))
-    if original.mode != "CMYK" and "icc_profile" in original.info:
+    result.info.pop("icc_profile", None)
+    if original.mode not in ("CMYK", "LAB") and "icc_profile" in original.info:
         result.info["icc_profile"] = original.info["icc_profile"]
     return result
 

@@ -1,7 +1,7 @@
 """Train the identity-preserving SRGAN of the report.
 
     python train_identity.py                              # the default recipe, 100 epochs
-    python train_identity.py --recipe report              # every departure from the report undone
+    python train_identity.py --recipe report              # every named departure undone
     python train_identity.py --resume                     # continue the run in epochs/
     torchrun --nproc_per_node=4 train_identity.py         # one machine, four GPUs
 
@@ -41,8 +41,8 @@ from training_step import (
     validation_discriminator,
 )
 
-# Where the default recipe departs from the report, and why: `--without NAME` undoes one,
-# `--recipe report` all of them.
+# The named departures from the report, and why: `--without NAME` undoes one, `--recipe report`
+# all of them. Where its text and code differ, that takes the code's crops and the text's rates.
 DEPARTURES = {
     "mixed_crops": "centre, random, rescaled and recoloured crops, for faces in any framing",
     "pretraining": "three quarters of the epochs have the pixel loss alone, then the GAN begins",
@@ -50,7 +50,7 @@ DEPARTURES = {
     "cosine": "the generator's rate falls along a half cosine to a twentieth",
     "flips": "half of the pictures are mirrored, anew in each epoch",
     "icnr": "sub-pixel convolutions start as plain upsampling, without a checkerboard",
-    "back_projection": "SR is corrected by what its reduction to LR's size lacks of LR",
+    "back_projection": "SR + enlarge(LR - reduce(SR)), so that its reduction is LR",
     "ema": "a moving average of the generator is validated and saved",
     "stripe_filter": "the last convolution cannot draw lines that alternate from pixel to pixel",
     "cross_entropy": "-log D(G(z)); the gradient of 1 - D(G(z)) vanishes where D is sure",
@@ -58,8 +58,8 @@ DEPARTURES = {
                      "hide what tells them apart",
     "slow_d": "D's Adam has a rate of 2.5e-5 (twice that in its first 64 updates) and beta1 0.5, "
               "so that D does not die",
-    "ratio_bound": "the adversarial gradient is at most as long as the pixel loss's",
-    "lazy": f"all terms but pixel in every {LAZY_INTERVAL}th step, {LAZY_INTERVAL} times as heavy",
+    "ratio_bound": "the adversarial gradient is at most as long as the pixel loss's (before lazy)",
+    "lazy": f"D, and all terms but pixel {LAZY_INTERVAL}-fold, in every {LAZY_INTERVAL}th step",
     "fast_precision": "--precision auto, not fp32",
 }
 
@@ -70,8 +70,8 @@ UNDONE = {"mixed_crops": {"crop": "random"}, "pretraining": {"pretrain_epochs": 
           "small_batches": {"batch_size": 32, "lr": 1e-4}, "slow_d": {"lr_d": 1e-4},
           "fast_precision": {"precision": "fp32"}}
 
-# The rate that --start takes unless a flag, a config.json or a --recipe says another: at a new
-# generator's a trained one forgets (results/EXPERIMENTS.md, "Fine-tuning on few photographs").
+# The rate that --start takes unless a flag, a config.json or a --recipe says another: at 4e-4 a
+# trained generator forgets (results/EXPERIMENTS.md, "Fine-tuning on few photographs").
 FINE_TUNING = 2e-5
 
 IN_BAR = {"pixel": "pixel", "score_d": "D(x)", "score_g": "D(G(z))"}  # what a step's bar shows

@@ -34,7 +34,7 @@ LOGGED = ("pixel", "content", "adversarial", "identity", "loss_d", "score_d", "s
 
 LAZY_INTERVAL = 4  # steps between two with the adversarial or the perceptual terms
 MATURE_D = 100     # updates of D before it may be called dead: a new one knows nothing yet
-MAX_RATIO = 1.0    # of the adversarial gradient at SR to the pixel loss's
+MAX_RATIO = 1.0    # of the adversarial gradient at SR to the pixel loss's, averaged over steps
 EMA_DECAY = 0.999  # limit of the generator average's decay
 BETA1_D = 0.5      # of D's Adam; plain Adam has 0.9
 WARM_UP_D = 64     # updates of D at twice its rate: it begins new against a trained generator
@@ -371,10 +371,11 @@ def set_rates(trainer, args):
             group.update(initial_lr=rate, lr=rate * factor)
     rate = trainer.optimizerG.param_groups[0]["lr"]
     if rate > 1.01 * before and args.lr == base:
-        without = " ".join([*args.without, "cosine"])
-        log(f"the generator's rate goes up from {before:.2g} to {rate:.2g}: the half cosine is "
-            f"stretched to {args.num_epochs} epochs; --lr {before:.2g} --without {without} holds "
-            "it")
+        why = (f"is stretched to {args.num_epochs} epochs" if "cosine" not in args.without else
+               "no longer holds")
+        without = " ".join(dict.fromkeys([*args.without, "cosine"]))
+        log(f"the generator's rate goes up from {before:.2g} to {rate:.2g}: the half cosine {why}; "
+            f"--lr {before:.2g} --without {without} keeps it at {before:.2g}")
     beta1 = 0.9 if "slow_d" in args.without else BETA1_D
     for group in trainer.optimizerD.param_groups:
         group["betas"] = beta1, 0.999

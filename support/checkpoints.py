@@ -380,7 +380,8 @@ def read_config(path):
         raise InputError(f"{path}: no such config.json of a run")
     try:
         config = dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        dict(config["flags"])
+        if not isinstance(config["flags"], dict):
+            raise TypeError("its flags are no object")
         return config
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not the config.json of a run ({error}); choose another file or "

@@ -47,6 +47,8 @@ def run_script(main):
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, of a GPU
             what = ("the GPU has too little free memory; take a smaller --batch_size, or --device "
                     "cpu")
+        elif "DefaultCPUAllocator" in str(error):
+            what = "too little free memory; take a smaller --batch_size"
         elif "DataLoader worker" in str(error):  # PyTorch says so wherever the script is
             what = ("a process that decodes photographs was killed, perhaps for want of memory; go "
                     "on with --resume, and with a larger --cache_gb, which needs no such process")

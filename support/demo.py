@@ -44,7 +44,7 @@ def check_replaceable(folder):
         return
     flags = {}
     with suppress(InputError):
-        flags = (checkpoints.read_run(folder)["progress"].get("flags", {})
+        flags = (run_folder.read_last(folder)["progress"]["flags"]
                  if (folder / "last.pt").exists() else
                  checkpoints.read_config(folder / "config.json")["flags"])
     of_demo = Path(str(flags.get("train_dir"))).parts[-2:] == ("data", "train")
@@ -65,7 +65,7 @@ def restore(portrait, path):
 
 def is_demo(args):
     """Whether the flags are of a demo's training, begun or resumed."""
-    of_demo = Path(args.train_dir) == Path(args.out_dir, "data", "train")
+    of_demo = Path(args.train_dir).resolve() == Path(args.out_dir, "data", "train").resolve()
     return of_demo and args.face_weights == "random"
 
 

@@ -30,16 +30,18 @@ def export(generator, kind, path):
     with torch.no_grad(), replacing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch's next ways to export
         if kind == "torchscript":
-            torch.jit.trace(network, lr).save(str(temporary))
+            with open(temporary, "wb") as file:  # given its name, TorchScript would write that, too
+                torch.jit.save(torch.jit.trace(network, lr), file)
         else:
             write_onnx(network, lr, temporary)
 
 
 def is_export(path):
     """Whether a file looks like one of FORMATS of a Generator, by names that lie in it."""
-    if Path(path).suffix == ".pt":  # the suffix of a run's last.pt, too
-        return SCRIPTED in names_inside(path)
-    return b"upsample.0.conv.weight" in Path(path).read_bytes()
+    inside = Path(path).read_bytes()
+    if Path(path).suffix == ".pt":  # the suffix of a run's last.pt and of a judge, too
+        return SCRIPTED in names_inside(path) and b"upsample" in inside
+    return b"upsample.0.conv.weight" in inside
 
 
 def write_onnx(network, lr, path):

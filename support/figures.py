@@ -18,8 +18,13 @@ from support.cli import InputError
 
 SOFTWARE = "Identity-preserving super-resolution of faces"  # in each picture: we wrote it
 # How our tables and pages begin, by suffix.
-BEGINNINGS = {".csv": (b"framing,", b"sweep,", b"protocol,", b"name,", b"model,", b"Epoch,"),
-              ".md": (b"## ", b"# Ablation", b"| model"), ".html": (b"<!doctype html>",)}
+BEGINNINGS = {
+    ".csv": (b"framing,model,", b"sweep,value,model,", b"protocol,framing,judge,",
+             b"name,n,psnr_y,", b"Epoch,Loss_D,"),
+    ".md": (b"## crop_", b"## whole_frames", b"## pairs, ", b"## gallery, ",
+            b"# Ablation of the identity loss"),
+    ".html": (b'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+              b"<title>Evaluation</title>",)}
 
 # The report's "Results Summary": PSNR-Y in dB, SSIM, cosine.
 REPORT = {
@@ -67,7 +72,7 @@ def is_marked(path):
     """Whether a file is a PNG of `save_image` or `save_plot`, a table of ours, or an empty one."""
     if path.suffix in BEGINNINGS:
         with open(path, "rb") as file:
-            beginning = file.read(20)
+            beginning = file.read(100)
         return not beginning or beginning.startswith(BEGINNINGS[path.suffix])
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -207,8 +212,10 @@ def label_ends(axes, ends):
     for (x, y, text, colour), height in zip(ends, heights):
         axes.plot([x, 1.03], [y, height], transform=axes.transAxes, clip_on=False, color=colour,
                   linewidth=0.5)
-        axes.text(1.035, height, text, transform=axes.transAxes, va="center", fontsize=8,
-                  color=colour)
+        # a file's name may hold bytes that are no text, and dollars, which would begin a formula
+        axes.text(1.035, height, text.encode(errors="backslashreplace").decode(),
+                  transform=axes.transAxes, va="center", fontsize=8, color=colour,
+                  parse_math=False)
 
 
 def save_curves(table, path):
@@ -284,12 +291,11 @@ def save_tradeoff(table, curves, path, blend=None):
         ends.append((row.psnr_y, row.cosine, row.name, colour))
     if blend is not None:
         trade.plot(blend["psnr_y"], blend["cosine"], color="0.3", linewidth=0.8, marker=".")
-        between = blend[blend["weight"].between(0, 1, inclusive="neither")]
-        for row in between.itertuples():
+        for row in blend.itertuples():
             trade.annotate(f"{row.weight:g}", (row.psnr_y, row.cosine), (4, 3), fontsize=7,
                            textcoords="offset points", color="0.3")
-        for row in between.iloc[len(between) // 2:][:1].itertuples():
-            ends.append((row.psnr_y, row.cosine, "blend, by weight", "0.3"))
+        for row in blend.iloc[len(blend) // 2:][:1].itertuples():
+            ends.append((row.psnr_y, row.cosine, "blend of one seed's", "0.3"))
 
     limits = trade.axis()
     axes["report"].margins(0.4, 0.3)

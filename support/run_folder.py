@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
@@ -106,7 +107,7 @@ def lock(args):
             log(f"no lock on this system: let no other run write to {folder} meanwhile")
         yield
         return
-    is_new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:  # of the process: unlike flock's, workers that outlive it do not keep it
@@ -124,8 +125,8 @@ def lock(args):
         finally:
             with suppress(OSError):
                 (folder / LOCK).unlink()
-                if is_new:
-                    folder.rmdir()
+                for path in new:
+                    path.rmdir()
 
 
 def holds_a_run(folder):
@@ -136,16 +137,17 @@ def holds_a_run(folder):
 def open_run(args):
     """The state to resume from, or None for a new run; changes nothing that a person may want.
 
-    A folder that holds a run, or pictures that one would write over, is refused unless --resume or
+    A folder that holds a run, or its pictures or table alone, is refused unless --resume or
     --overwrite says what to do with it.
     """
     folder = Path(args.out_dir)
-    pictures = [*folder.glob("curves.png"), *folder.glob("samples/epoch_*.png")]
+    remains = [*folder.glob("curves.png"), *folder.glob("samples/epoch_*.png"),
+               *folder.glob("train_results.csv")]
     if not holds_a_run(folder):
-        figures.check_ours([*pictures, folder / "train_results.csv"])
+        figures.check_ours(remains)
         if (folder / "config.json").exists():  # another program's must not be written over
             checkpoints.read_config(folder / "config.json")
-    if (holds_a_run(folder) or pictures) and not (args.resume or args.overwrite):
+    if (holds_a_run(folder) or remains) and not (args.resume or args.overwrite):
         raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
                          f"{folder}), choose another --out_dir, or replace it (--overwrite)")
     for written in (folder, folder / "samples"):
@@ -164,14 +166,17 @@ def open_run(args):
 
 def generators(args):
     """The networks in --out_dir that a run of this factor left."""
-    return sorted(Path(args.out_dir).glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth"))
+    found = Path(args.out_dir).glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth")
+    return sorted(path for path in found if re.fullmatch(WRITTEN, path.stem))
 
 
 def delete_old_run(args):
     """What --overwrite replaces, but for last.pt: the new run's has just taken its place."""
     folder = Path(args.out_dir)
     named = [folder / name for name in ("config.json", "train_results.csv", "curves.png")]
-    for path in (*named, *generators(args), *folder.glob("samples/epoch_*.png"),
+    samples = [path for path in folder.glob("samples/epoch_*.png")
+               if re.fullmatch(WRITTEN, path.stem)]
+    for path in (*named, *generators(args), *samples,
                  *folder.glob("tensorboard/events.out.tfevents.*")):
         path.unlink(missing_ok=True)
 
@@ -265,6 +270,10 @@ def resume(state, args, progress, trainer, parts, shape):
     if generator and has == ("back_projection" in args.without):
         raise InputError(f"{path}: its generator has {'' if has else 'no '}back-projection; "
                          f"{'leave it out of' if has else 'add back_projection to'} --without")
+    if then.get("upscale_factor") != now["upscale_factor"]:
+        raise InputError(f"--upscale_factor {now['upscale_factor']}: the run in {args.out_dir} has "
+                         f"{then.get('upscale_factor')}; leave that flag out, or begin a new run "
+                         "in another --out_dir")
     if ("icnr" in then.get("without", [])) != ("icnr" in args.without):
         raise InputError(f"--without icnr: concerns a generator's first weights, which {path} has "
                          "long left behind; give it as that run had it")

@@ -133,7 +133,8 @@ def read_pairs(path):
                          "pairs.txt") from None
     lines = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
     _, head = lines[0] if lines else (0, [])
-    if len(head) != 2 or not all(word.isdecimal() and int(word) for word in head) or head[0] == "1":
+    if len(head) != 2 or not all(word.isdecimal() and int(word) for word in head) or (
+            int(head[0]) == 1):
         raise InputError(f"--pairs {path}: the first line must hold the number of folds, two or "
                          "more, and of pairs of either kind in each, as LFW's \"10 300\"")
     folds, size = map(int, head)

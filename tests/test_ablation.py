@@ -155,13 +155,14 @@ def test_without_a_flag_it_is_the_whole_study(done, tmp_path, monkeypatch):
     runs = ablation.train_all(args, [], {}, "")
     assert [folder.name for folder in runs.values()] == [
         f"{name}_seed{seed}" for seed in (0, 1, 2) for name in (
-            "baseline", "visual", "identity", "gamma_0.05", "gamma_1", "gamma_3")]
+            "baseline", "visual", "identity", "gamma_0", "gamma_0.05", "gamma_1",
+            "gamma_3")]
     settings = [train_identity.parse(argv) for argv in called]
     shipped = str(checkpoints.shipped_generator("pixel"))
     assert [s.out_dir for s in settings] == [*map(str, runs.values())]
     assert {(s.start, s.num_epochs, s.pretrain_epochs, s.lr) for s in settings} == {
         (shipped, 15, 0, 1e-4)}  # the rate of the ablation, not of --start
-    assert [s.gamma for s in settings[:6]] == [0, 0.006, 0.6, 0.05, 1, 3]
+    assert [s.gamma for s in settings[:7]] == [0, 0.006, 0.6, 0, 0.05, 1, 3]
 
 
 @pytest.mark.parametrize("more, said", [
@@ -342,6 +343,8 @@ def test_equal_gammas_are_refused(done):
     with pytest.raises(InputError, match="--gamma 1000000.0 1000001.0: two of them are equal"):
         ablation.parse(["--gamma", "1000000", "1000001"])
     assert ablation.parse(["--gamma", "3", "3"]).gamma == [3, 3]
+    assert ablation.parse(["--seeds", "1", "0", "1"]).seeds == [1, 0]  # noise is of two seeds
+    assert ablation.parse(["--epochs", "3"]).last_k == 3               # as ablation.md then says
 
 
 def test_the_person_who_stops_it_is_told_how_to_go_on(done, tmp_path, monkeypatch, capsys):

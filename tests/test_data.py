@@ -760,7 +760,8 @@ def test_a_file_that_does_not_stay(three, capfd, harm, word, workers):
     harm(three / "b.bmp")
     assert same(cached, before)
     assert same([dataset[0], dataset[2]], [before[0], before[2]])
-    message = f"{three / 'b.bmp'}: {word} after the run had started; put it back and --resume"
+    message = (f"{three / 'b.bmp'}: {word} after the run had started; put it back and run the "
+               "command again (a training: with --resume)")
     with pytest.raises(InputError) as error:
         load_all(dataset, workers)
     assert str(error.value) == message

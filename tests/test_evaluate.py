@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import io
 import os
 import pickle
 import shutil
@@ -477,7 +478,11 @@ def test_files_that_are_no_judges_are_refused_in_one_line(tmp_path, capfd, caplo
         weights = max((archive.read(record) for record in archive.infolist()), key=len)
     one_bit = bytearray(good)
     one_bit[good.index(weights) + len(weights) // 2] ^= 1
-    for content in (b"", b"not a network", good[:-300], good[:1000], one_bit):
+    damaged = bytearray(good)
+    damaged[good.index(b"PK\1\2") + 6] ^= 0x80  # the version that zipfile says it cannot read
+    with pytest.raises(NotImplementedError):
+        zipfile.ZipFile(io.BytesIO(damaged))
+    for content in (b"", b"not a network", good[:-300], good[:1000], one_bit, damaged):
         path.write_bytes(content)
         assert "not a TorchScript file" in refused(path)
     torch.save(Judge().state_dict(), path)
@@ -509,6 +514,20 @@ def test_an_exported_judge_is_not_opened(name, marker, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.jit, "load", never)
     assert "torch.jit.save" in refused(path)
     assert not trace.exists()
+
+
+def test_a_judge_that_cannot_be_downloaded_is_named_as_one(capsys):
+    with pytest.raises(InputError, match="--judge casia-webface: could not download") as error:
+        evaluate.load_judge("casia-webface")
+    evaluate.load_judge("random")
+    assert "--face_weights" not in str(error.value) + capsys.readouterr().out
+
+
+def test_a_checkpoint_may_be_called_like_a_reference(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("HR").write_bytes(checkpoint.read_bytes())
+    models, _ = evaluate.load_models(evaluate.parse(["--checkpoint", "HR"]), CPU)
+    assert list(models) == ["bicubic", str(tmp_path / "HR"), "HR"]
 
 
 @judges
@@ -692,12 +711,15 @@ def test_the_users_pictures_are_not_written_over(checkpoint, tmp_path, name, par
 @pytest.mark.parametrize("name", ["summary.csv", "summary.md", "report.html", "sweep.csv"])
 def test_the_users_tables_are_not_written_over(checkpoint, tmp_path, name):
     data, path = save_portraits(tmp_path / "data", [(40, 40)]), tmp_path / name
-    path.write_text("the user's")
-    with pytest.raises(InputError, match=f"{path} was not written by this project"):
-        evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size",
-                       "32", "--shift", "1", "--face_weights", "random", "--out_dir",
-                       str(tmp_path)])
-    assert path.read_text() == "the user's"
+    like_ours = {".csv": "model,accuracy\n", ".md": "## My notes",
+                 ".html": '<!doctype html>\n<html lang="en">\n<head>'}
+    for text in ("the user's", like_ours[path.suffix]):
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"{path} was not written by this project"):
+            evaluate.main(["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size",
+                           "32", "--shift", "1", "--face_weights", "random", "--out_dir",
+                           str(tmp_path)])
+        assert path.read_text() == text
     ours = Path(evaluate.__file__).parent / "results"
     evaluate.figures.check_ours(ours / name for name in ("sweep.csv", "ablation.csv",
                                                          "ablation.md", "none.csv"))
@@ -747,7 +769,7 @@ def test_the_inputs_for_another_tool_and_what_it_made_of_them(checkpoint, tmp_pa
     data, lr = save_portraits(tmp_path / "data", [(48, 40)] * 3), tmp_path / "lr"
     rest = ["--checkpoint", str(checkpoint), "--data_dir", str(data), "--crop_size", "32", "0",
             "--device", "cpu", "--out_dir", str(tmp_path / "out")]
-    evaluate.main([*rest, "--export_lr", str(lr)])
+    evaluate.main([*rest[:-1], str(data / "unused"), "--export_lr", str(lr)])
     assert "--restored" in capsys.readouterr().out and not (tmp_path / "out").exists()
     for framing, size in (("crop_32", (8, 8)), ("whole_frames", (12, 10))):
         assert sorted(p.name for p in (lr / framing).iterdir()) == [f"face_{i}.png"

@@ -189,8 +189,9 @@ def test_a_system_without_locks_or_hang_up_says_so(tmp_path, monkeypatch, capsys
 
 
 def test_a_refused_run_leaves_no_folder(faces, tmp_path):
-    assert "none.pth" in refused(flags(faces, tmp_path / "new", "--start", "none.pth"))
-    assert list(tmp_path.iterdir()) == []
+    for new in ("new", "a/b/c"):
+        assert "none.pth" in refused(flags(faces, tmp_path / new, "--start", "none.pth"))
+        assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,9 +239,18 @@ def test_flags_that_resume_would_not_heed_are_refused(run, more):
 
 
 def test_the_table_of_another_program_is_not_written_over(faces, tmp_path):
-    (tmp_path / "train_results.csv").write_text("the user's")
-    assert "train_results.csv was not written by this project" in refused(flags(faces, tmp_path))
-    assert (tmp_path / "train_results.csv").read_text() == "the user's"
+    for text in ("the user's", "Epoch,users\n1,2\n"):
+        (tmp_path / "train_results.csv").write_text(text)
+        assert "csv was not written by this project" in refused(flags(faces, tmp_path))
+        assert (tmp_path / "train_results.csv").read_text() == text
+
+
+def test_the_table_of_a_run_whose_networks_are_gone_is_kept(faces, run):
+    for path in [*run.glob("*.p*"), *run.glob("samples/*")]:
+        path.unlink()
+    table = (run / "train_results.csv").read_bytes()
+    assert "--overwrite" in refused(flags(faces, run))
+    assert (run / "train_results.csv").read_bytes() == table
 
 
 def test_flags_that_the_demo_would_not_heed_are_refused(tmp_path):
@@ -254,6 +264,8 @@ def test_a_run_in_a_folder_like_the_demos_is_none(tmp_path):
                                  str(tmp_path)])
     assert not demo.is_demo(args)
     args.face_weights = "random"
+    assert demo.is_demo(args)
+    args.train_dir = os.path.relpath(args.train_dir)  # as begun; resumed with the whole path
     assert demo.is_demo(args)
 
 
@@ -399,7 +411,8 @@ def test_good_flags_pass(finished, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"flags": 3}', '{"flags": [1]}',
-                                  "[" * 99999, '{"flags": {"lr": 1e}}', "\udcff"])
+                                  '{"flags": []}', '{"flags": [["lr", 1]]}', "[" * 99999,
+                                  '{"flags": {"lr": 1e}}', "\udcff"])
 def test_what_is_no_config_is_refused(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
@@ -561,9 +574,12 @@ def test_ctrl_c_at_the_start_is_one_line(capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == "error: stopped by Ctrl-C\n"
 
 
-def test_a_gpu_without_memory_is_one_line(capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory")])
+def test_a_machine_without_memory_is_one_line(capsys, error):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     with pytest.raises(SystemExit) as stop:
         run_script(main)

@@ -183,7 +183,7 @@ def test_every_model_of_a_sweep_is_drawn(tmp_path):
 def test_a_sweep_of_long_names_and_of_nothing(tmp_path):
     """A warning of matplotlib is an error here; a panel without a curve names nobody."""
     sweep = pd.DataFrame({"sweep": "shift", "value": [0, 0, 1, 1],
-                          "model": ["bicubic", "n" * 90] * 2,
+                          "model": ["bicubic", "n" * 90, "bicubic", "a$_$b\udce9"],
                           "psnr_y_gain": np.nan, "ssim_gain": 0.1, "cosine_gain": 0.2})
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figures.save_sweep(sweep, tmp_path / "sweep.svg")

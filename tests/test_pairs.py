@@ -203,6 +203,7 @@ def test_a_list_of_pairs_is_read(tmp_path):
 
 @pytest.mark.parametrize("text, said", [
     ("", "first line"), ("500\n", "first line"), ("1\t1\nA\t1\t2\nA\t1\tB\t3\n", "first line"),
+    ("01\t1\nA\t1\t2\nA\t1\tB\t3\n", "first line"),
     (GOOD + "A\t1\t2\n", "5 pairs.*2 x 2 x 1"), (GOOD.replace("A\t1\t2", "A\t1"), "line 2.*name 1"),
     (GOOD.replace("A\t1\tB\t3", "A\t1\tA\t3"), "line 3.*other"),
     (GOOD.replace("B\t3\t4", "B\t3\tx"), "line 4")])
@@ -369,6 +370,9 @@ def test_people_that_cannot_be_compared_are_named(people, tmp_path, tiny):
         (tmp_path / "single" / str(i)).mkdir(parents=True)
         Image.new("RGB", (64, 64)).save(tmp_path / "single" / str(i) / "a.png")
     with pytest.raises(InputError, match="--gallery .*two or more photographs of somebody"):
+        evaluate.main(["--gallery", str(tmp_path / "single"), *rest])
+    (tmp_path / "single" / "empty").mkdir()
+    with pytest.raises(InputError, match="single/empty: no photograph in it; --gallery must hold"):
         evaluate.main(["--gallery", str(tmp_path / "single"), *rest])
     assert not (tmp_path / "out").exists()
 

@@ -411,3 +411,13 @@ def test_the_command_line(tmp_path, capsys):
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.startswith("error: CelebAMask-HQ.zip: ")
     assert failed.stderr.count("\n") == 1
+    with pytest.raises(InputError, match="--check .* leave out .*--identity_file"):
+        prepare_celeba_hq.main(["--check", str(tmp_path), "--identity_file", "none"])
+
+
+def test_a_zip_with_a_damaged_directory_is_named(tmp_path, faces):
+    """A name that is flagged as UTF-8 and is none: zipfile raises a UnicodeDecodeError."""
+    path = pack(tmp_path / "in.zip", save(tmp_path / "in", faces[:1], ["caf\u00e9x.jpg"]))
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xe9e"))
+    with pytest.raises(InputError, match="in.zip: neither a folder nor a zip that can be read"):
+        prepare(path, tmp_path / "data", 1, 1)

@@ -207,14 +207,15 @@ def test_what_cannot_be_read_is_named_and_the_others_are_done(network, tmp_path,
     (tmp_path / "empty").mkdir()
     save(picture(129, 4), tmp_path / "huge.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
-    arguments = [tmp_path / name for name in ("missing.png", "loop.png", "in", "empty", "huge.png")]
+    names = ["missing.png", "loop.png", "in", "empty", "huge.png", f"{'a' * 300}.png"]
+    arguments = [tmp_path / name for name in names]
     with pytest.raises(SystemExit) as stop:
         run_script(lambda: run(network, tmp_path / "out", *arguments))
     assert stop.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    for name in ("missing.png", "loop.png", "bad.jpg", "empty", "huge.png"):
+    for name in [name for name in names if name != "in"] + ["bad.jpg"]:
         assert sum(name in line for line in errors) == 1
-    assert len(errors) == 6  # and how many there were
+    assert len(errors) == 7  # and how many there were
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_sr.png"]
 
 
@@ -333,6 +334,9 @@ def test_a_list_of_paths_on_standard_input(network, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b_sr.png", "c_sr.png"]
     with pytest.raises(InputError, match="standard input"):
         run(network, tmp_path / "out", "-")  # read to its end
+    monkeypatch.setattr(sys, "stdin", None)  # closed by the shell
+    with pytest.raises(InputError, match="standard input"):
+        run(network, tmp_path / "out", "-")
 
 
 def test_no_output_into_a_folder_of_inputs(network, tmp_path):
@@ -584,11 +588,14 @@ def test_reduce_enlarges_nothing(network, tmp_path):
     assert close(Image.open(tmp_path / "out/a_sr.png"), by_hand(network[1], image))
 
 
-def test_a_profile_of_inks_is_none_of_the_result(network, tmp_path):
-    path = save(picture(8, 6).convert("CMYK"), tmp_path / "a.tif", icc_profile=b"of inks")
+def test_a_profile_of_inks_is_none_of_the_result(network, tmp_path, detector):
+    path = save(picture(80, 60).convert("CMYK"), tmp_path / "a.tif", icc_profile=b"of inks")
     assert Image.open(path).info["icc_profile"] == b"of inks"
+    detector.faces = [(landmarks(40, 30, 5, 5), 0.99)]
     run(network, tmp_path / "out", path)
-    assert "icc_profile" not in Image.open(tmp_path / "out/a_sr.png").info
+    run(network, tmp_path / "out", path, "--detect")
+    for name in ("sr", "face1", "restored"):
+        assert "icc_profile" not in Image.open(tmp_path / f"out/a_{name}.png").info
 
 
 def test_a_face_of_32_px_gains_and_one_of_35_does_not():

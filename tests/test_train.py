@@ -638,23 +638,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("poisoned", ["netG", "netD"])
+@pytest.mark.parametrize("step", [2, 3], ids=["saved in mid-epoch", "last of the epoch"])
 def test_weights_that_are_not_finite_are_not_saved(faces, finished, tmp_path, monkeypatch,
-                                                   poisoned):
-    """The losses of an epoch's last step are finite, its update is not."""
+                                                   poisoned, step):
+    """The losses of that step are finite, its update is not."""
+    if step == 2:
+        monkeypatch.setattr(run_folder, "SAVE_MINUTES", 0)
     shutil.copytree(finished, tmp_path / "run")
-    before = (tmp_path / "run" / "last.pt").read_bytes()
-    original, count = train_identity.apply_updates, [0]
+    original, count, before = train_identity.apply_updates, [0], []
 
     def apply_updates(run, with_gan):
         original(run, with_gan)
         count[0] += 1
-        if count[0] == 3:
+        if count[0] == step:
+            before.append((tmp_path / "run" / "last.pt").read_bytes())
             next(getattr(run, poisoned).parameters()).data[0] = math.nan
 
     monkeypatch.setattr(train_identity, "apply_updates", apply_updates)
-    with pytest.raises(InputError, match="epoch 3, step 3: .*infinite or NaN"):
+    with pytest.raises(InputError, match=f"epoch 3, step {step}: .*infinite or NaN"):
         train_identity.main(["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs", "3"])
-    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert [(tmp_path / "run" / "last.pt").read_bytes()] == before
     assert not (tmp_path / "run" / "netG_epoch_2_3.pth").exists()
 
 
@@ -876,15 +879,15 @@ def test_signal_during_validation(faces, finished, tmp_path, monkeypatch):
     assert_same_bits(weights(tmp_path), weights(finished))
 
 
-def test_a_signal_to_the_loaders_processes_is_the_runs_business():
+def test_a_signal_to_the_loaders_processes_is_the_runs_business(faces, monkeypatch):
     """torchrun signals all of its processes; a loader's that died of it would be an error."""
-    loader = torch.utils.data.DataLoader(range(200), num_workers=1,
-                                         worker_init_fn=machine.ignore_signals)
-    batches = iter(loader)
-    seen = [next(batches).item()]
+    monkeypatch.setattr(data_utils.os, "cpu_count", lambda: 1)  # one process
+    dataset = TrainDatasetFromFolder(faces / "train", 16, 2, cache_gb=0)
+    batches = dataset.batches([[0]] * 200, torch.device("cpu"))
+    next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGTERM)
     time.sleep(0.1)
-    assert seen + [batch.item() for batch in batches] == list(range(200))
+    assert sum(1 for _ in batches) == 199
 
 
 def test_killed_at_twelve_random_moments(faces, finished, tmp_path):
@@ -946,6 +949,11 @@ def test_resume_with_other_photographs_is_refused(faces, finished, tmp_path):
 def test_another_start_is_refused_where_it_would_do_nothing(finished):
     with pytest.raises(InputError, match="--start other.pth: .*begin a new run"):
         train_identity.main(["--resume", "--out_dir", str(finished), "--start", "other.pth"])
+
+
+def test_a_run_that_goes_on_keeps_its_factor(finished):
+    with pytest.raises(InputError, match="--upscale_factor 4: the run in .* has 2"):
+        train_identity.main(["--resume", "--out_dir", str(finished), "--upscale_factor", "4"])
 
 
 def test_icnr_is_refused_where_it_would_do_nothing(finished):
@@ -1098,10 +1106,13 @@ def test_a_rate_that_goes_up_is_said(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     args = ["--resume", "--out_dir", str(tmp_path / "run"), "--num_epochs"]
     train_identity.main([*args, "4"])
-    said = f"rate goes up from {4e-4 * 0.05:.2g} to {4e-4 * 0.525:.2g}"
+    said = f"rate goes up from {4e-4 * 0.05:.2g} to {4e-4 * 0.525:.2g}: the half cosine is stretch"
     assert said in capsys.readouterr().out
     train_identity.main([*args, "4"])
     assert "goes up" not in capsys.readouterr().out
+    train_identity.main([*args, "5", "--without", "cosine"])
+    assert ("to 0.0004: the half cosine no longer holds; --lr 2e-05 --without cosine keeps it"
+            in capsys.readouterr().out)
 
 
 def test_a_rate_that_is_asked_for_is_no_stretched_cosine(finished, tmp_path, capsys):
@@ -1116,7 +1127,7 @@ def test_the_advice_on_a_rate_keeps_what_is_undone(capsys):
     run.scheduleG.last_epoch = 1  # as of a resumed run, its rate at the end of a shorter cosine
     run.optimizerG.param_groups[0]["lr"] = 2e-5
     training_step.set_rates(run, train_identity.parse(["--without", "flips"]))
-    assert "--without flips cosine holds it" in capsys.readouterr().out
+    assert "--without flips cosine keeps it" in capsys.readouterr().out
 
 
 def test_an_average_may_begin_later(faces, tmp_path):
@@ -1149,11 +1160,13 @@ def test_generators_of_a_run_without_last_pt_are_not_overwritten(faces, tmp_path
 
 def test_overwrite_leaves_nothing_of_the_old_run(faces, tmp_path):
     (tmp_path / "samples").mkdir()
-    for name in ("last.pt", "netG_epoch_2_100.pth", "netG_epoch_8_15.pth", "samples/epoch_100.png"):
+    users = ["netG_epoch_2_best.pth", "samples/epoch_best.png"]
+    for name in ("last.pt", "netG_epoch_2_100.pth", "netG_epoch_8_15.pth", "samples/epoch_100.png",
+                 *users):
         (tmp_path / name).write_text("old")
     run_folder.delete_old_run(train_identity.parse([*flags(faces, tmp_path), "--overwrite"]))
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [
-        "last.pt", "netG_epoch_8_15.pth"]  # the new run's, and one of another scale
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
+        "last.pt", *users[:1], "netG_epoch_8_15.pth", *users[1:]]  # the new run's; another scale's
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["a run", "a shipped generator"])
