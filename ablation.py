@@ -185,18 +185,18 @@ def passed_by_noise(n_seeds):
     return (abs(noise.mean(1)) > np.ptp(noise, axis=1)).mean()
 
 
-def differences(averaged, per_run, runs):
-    """Configuration - baseline, metric by metric, with its interval, seeds and verdict.
+def differences(averaged, per_run, runs, minus="baseline"):
+    """Configuration - `minus`, metric by metric, with its interval, seeds and verdict.
 
     Holm's correction is for these comparisons alone: as many per metric as configurations.
     """
     names, seeds = ([*dict.fromkeys(column)] for column in zip(*runs))
-    pairs = tables.differences(averaged, 0, names)
-    pairs = tables.correct(pairs[pairs["minus"] == "baseline"].reset_index(drop=True))
+    pairs = tables.differences(averaged, 0, sorted(names, key=lambda name: name != minus))
+    pairs = tables.correct(pairs[pairs["minus"] == minus].reset_index(drop=True))
     values = per_run.set_index("model")
     pairs["by_seed"] = [
         [values.loc[runs[pair.model, seed].name, pair.metric]
-         - values.loc[runs["baseline", seed].name, pair.metric] for seed in seeds]
+         - values.loc[runs[minus, seed].name, pair.metric] for seed in seeds]
         for pair in pairs.itertuples()]
     pairs["significant"] = pd.Series(
         [pair.significant and significant(pair.low, pair.high, pair.by_seed)
@@ -241,7 +241,7 @@ def sentence(pair):
         for value in (pair.difference, pair.low, pair.high, *pair.by_seed))
     words = ("not decided: a single seed shows no spread" if pair.significant is None
              else tables.verdict(pair))
-    return (f"{pair.model} - baseline: {title} {difference} [{low}, {high}], {words} "
+    return (f"{pair.model} - {pair.minus}: {title} {difference} [{low}, {high}], {words} "
             f"(by seed: {', '.join(seeds)})")
 
 
@@ -271,7 +271,9 @@ def report(args, words, summary, labels, pairs, last, weights):
         "Each photograph's values are averaged over the seeds first. Bicubic and the start "
         "are there for comparison; blend 0.3 has 0.3 of `identity`'s weights and 0.7 of "
         f"`visual`'s, seed {args.seeds[0]}.", "", tables.markdown(summary, labels),
-        "## Differences from the baseline", "",
+        "## Differences", "",
+        "From `baseline`; and from `gamma_0`, if there is one, which has no identity loss and the "
+        "alpha that `identity` and each gamma have: what that loss does by itself.", "",
         "A difference is called significant if its 95 % interval excludes 0 (final "
         f"checkpoints, {RESAMPLES:,} paired bootstrap samples of the photographs), its p-value is "
         f"below {tables.LEVEL} after Holm's correction for all comparisons of that metric, and it "
@@ -393,6 +395,10 @@ def main(argv=None):
     per_image, per_run = measure_all(args, runs, valid_set, embedders, device)
     averaged, summary = average_seeds(per_image, per_run, runs)
     pairs, curves = differences(averaged, per_run, runs), learning_curves(runs)
+    compared = pairs
+    if 0 in args.gamma:
+        same_alpha = {key: run for key, run in runs.items() if key[0] not in ("baseline", "visual")}
+        compared = pd.concat([pairs, differences(averaged, per_run, same_alpha, "gamma_0")])
     last = last_epochs(curves, args.last_k)
     configs = [checkpoints.read_config(folder / "config.json") for folder in runs.values()]
     weights = {name: {term: config["flags"][term] for term in ("alpha", "beta", "gamma")}
@@ -401,11 +407,11 @@ def main(argv=None):
 
     table = wide(summary, pairs, last, weights)
     checkpoints.save_csv(table, folder / "ablation.csv")
-    checkpoints.save_text(report(args, words, summary, labels, pairs, last, weights),
+    checkpoints.save_text(report(args, words, summary, labels, compared, last, weights),
                           folder / "ablation.md")
     blend = table[table["name"].str.startswith("blend ")].assign(weight=BLEND)
     figures.save_tradeoff(paired_intervals(table), curves, folder / "ablation.png", blend)
-    print(words, *map(sentence, pairs.itertuples()), sep="\n")
+    print(words, *map(sentence, compared.itertuples()), sep="\n")
     print(f"wrote ablation.csv, ablation.md and ablation.png to {folder}/")
 
 

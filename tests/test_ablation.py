@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -390,7 +391,7 @@ def test_the_bars_are_of_paired_differences():
 
 
 def test_a_judge_is_called_by_its_files_whole_name():
-    pair = SimpleNamespace(model="visual", metric="cosine_my_judge", difference=0.1, low=0.0,
+    pair = SimpleNamespace(model="visual", minus="baseline", metric="cosine_my_judge", difference=0.1, low=0.0,
                            high=0.2, by_seed=[0.1], significant=None)
     assert "cosine of judge my_judge +0.1000" in ablation.sentence(pair)
 
@@ -450,6 +451,26 @@ def test_five_photographs_find_nothing():
     pair = ablation.differences(*tables_of(gains, 5)).query("metric == 'cosine'").iloc[0]
     assert pair["low"] > 0 and ablation.significant(pair["low"], pair["high"], pair["by_seed"])
     assert pair["p"] > 0.05 and not pair["significant"]
+
+
+def test_what_the_identity_loss_does_by_itself_is_minus_gamma_0():
+    """identity, which comes first, minus gamma_0: not the other way round."""
+    gains = {"identity": np.linspace(0.02, 0.03, 30), "gamma_0": np.linspace(0.01, 0.014, 30)}
+    pair, = ablation.differences(*tables_of(gains, 30), "gamma_0").query(
+        "metric == 'cosine'").itertuples()
+    assert pair.difference == pytest.approx(0.013)
+    assert pair.by_seed == pytest.approx([0.013] * len(pair.by_seed))
+    assert ablation.sentence(pair).startswith("identity - gamma_0: cosine +0.0130 [")
+
+
+def test_a_gamma_of_0_is_the_reference_of_its_alpha(done, tmp_path):
+    shutil.copytree(done[0] / "runs", tmp_path / "runs")
+    ablation.main([*flags(done[0]), "--gamma", "0", "30", "--out_dir", f"{tmp_path}/runs",
+                   "--results_dir", f"{tmp_path}/results"])
+    text = (tmp_path / "results" / "ablation.md").read_text()
+    assert set(re.findall(r"^- (\w+) - (\w+)", text, re.M)) == {
+        (name, "baseline") for name in ("visual", "identity", "gamma_0", "gamma_30")} | {
+        ("identity", "gamma_0"), ("gamma_30", "gamma_0")}
 
 
 def test_holm_counts_the_comparisons_with_the_baseline():
