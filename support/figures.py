@@ -295,7 +295,7 @@ def save_tradeoff(table, curves, path, blend=None):
             trade.annotate(f"{row.weight:g}", (row.psnr_y, row.cosine), (4, 3), fontsize=7,
                            textcoords="offset points", color="0.3")
         for row in blend.iloc[len(blend) // 2:][:1].itertuples():
-            ends.append((row.psnr_y, row.cosine, "blend of one seed's", "0.3"))
+            ends.append((row.psnr_y, row.cosine, "blend, one seed", "0.3"))
 
     limits = trade.axis()
     axes["report"].margins(0.4, 0.3)

@@ -391,8 +391,8 @@ def test_the_bars_are_of_paired_differences():
 
 
 def test_a_judge_is_called_by_its_files_whole_name():
-    pair = SimpleNamespace(model="visual", minus="baseline", metric="cosine_my_judge", difference=0.1, low=0.0,
-                           high=0.2, by_seed=[0.1], significant=None)
+    pair = SimpleNamespace(model="visual", minus="baseline", metric="cosine_my_judge",
+                           difference=0.1, low=0.0, high=0.2, by_seed=[0.1], significant=None)
     assert "cosine of judge my_judge +0.1000" in ablation.sentence(pair)
 
 
