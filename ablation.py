@@ -191,8 +191,7 @@ def differences(averaged, per_run, runs, minus="baseline"):
     Holm's correction is for these comparisons alone: as many per metric as configurations.
     """
     names, seeds = ([*dict.fromkeys(column)] for column in zip(*runs))
-    pairs = tables.differences(averaged, 0, sorted(names, key=lambda name: name != minus))
-    pairs = tables.correct(pairs[pairs["minus"] == minus].reset_index(drop=True))
+    pairs = tables.differences(averaged, 0, names, minus)
     values = per_run.set_index("model")
     pairs["by_seed"] = [
         [values.loc[runs[pair.model, seed].name, pair.metric]
@@ -395,14 +394,15 @@ def main(argv=None):
     per_image, per_run = measure_all(args, runs, valid_set, embedders, device)
     averaged, summary = average_seeds(per_image, per_run, runs)
     pairs, curves = differences(averaged, per_run, runs), learning_curves(runs)
-    compared = pairs
-    if 0 in args.gamma:
-        same_alpha = {key: run for key, run in runs.items() if key[0] not in ("baseline", "visual")}
-        compared = pd.concat([pairs, differences(averaged, per_run, same_alpha, "gamma_0")])
     last = last_epochs(curves, args.last_k)
     configs = [checkpoints.read_config(folder / "config.json") for folder in runs.values()]
     weights = {name: {term: config["flags"][term] for term in ("alpha", "beta", "gamma")}
                for (name, _), config in zip(runs, configs)}
+    compared = pairs
+    if "gamma_0" in weights:
+        same_alpha = {(name, seed): run for (name, seed), run in runs.items()
+                      if weights[name]["alpha"] == weights["gamma_0"]["alpha"]}
+        compared = pd.concat([pairs, differences(averaged, per_run, same_alpha, "gamma_0")])
     words = conditions(args, configs)
 
     table = wide(summary, pairs, last, weights)

@@ -5,9 +5,9 @@
 
 Two training steps alternate, A/B/A/B, each in a process of its own (so that neither has the other's
 allocator settings, and each has its own peak of memory): the project's
-(`training_step.train_step`) and a reference with the structure of the report's published script
-(which passes the fakes through the discriminator once more): an extra generator and discriminator
-pass per step, NCHW, fp32. Networks, losses and mathematics are the same; `tests/test_train.py`
+(`training_step.train_step`) and a reference with the structure of the report's published script,
+less one pass of the fakes through the discriminator: an extra generator and discriminator pass per
+step, NCHW, fp32. Networks, losses and mathematics are the same; `tests/test_train.py`
 compares their losses and updates.
 """
 

@@ -66,9 +66,9 @@ def find_inputs(arguments, fail, formats=FORMATS):
     The argument - stands for the lines of standard input.
     """
     paths, suffixes = {}, SUFFIXES | MORE_SUFFIXES.keys()
-    arguments = [path for argument in arguments for path in (
-        re.split("[\n\0]", sys.stdin.read() if sys.stdin else "") if argument == "-"
-        else [argument]) if path]
+    listed = re.split("[\n\0]", sys.stdin.read()) if "-" in arguments and sys.stdin else []
+    arguments = [path for argument in arguments
+                 for path in (listed if argument == "-" else [argument]) if path]
     for argument in map(Path, arguments):
         try:
             found = [argument]

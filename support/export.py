@@ -38,10 +38,9 @@ def export(generator, kind, path):
 
 def is_export(path):
     """Whether a file looks like one of FORMATS of a Generator, by names that lie in it."""
-    inside = Path(path).read_bytes()
     if Path(path).suffix == ".pt":  # the suffix of a run's last.pt and of a judge, too
-        return SCRIPTED in names_inside(path) and b"upsample" in inside
-    return b"upsample.0.conv.weight" in inside
+        return SCRIPTED in names_inside(path) and b"upsample" in Path(path).read_bytes()
+    return b"upsample.0.conv.weight" in Path(path).read_bytes()
 
 
 def write_onnx(network, lr, path):

@@ -143,11 +143,12 @@ def open_run(args):
     folder = Path(args.out_dir)
     remains = [*folder.glob("curves.png"), *folder.glob("samples/epoch_*.png"),
                *folder.glob("train_results.csv")]
-    if not holds_a_run(folder):
+    is_run = holds_a_run(folder)
+    if not is_run:
         figures.check_ours(remains)
         if (folder / "config.json").exists():  # another program's must not be written over
             checkpoints.read_config(folder / "config.json")
-    if (holds_a_run(folder) or remains) and not (args.resume or args.overwrite):
+    if (is_run or remains) and not (args.resume or args.overwrite):
         raise InputError(f"{folder} already holds a run: go on with it (--resume --out_dir "
                          f"{folder}), choose another --out_dir, or replace it (--overwrite)")
     for written in (folder, folder / "samples"):
@@ -166,17 +167,19 @@ def open_run(args):
 
 def generators(args):
     """The networks in --out_dir that a run of this factor left."""
-    found = Path(args.out_dir).glob(f"net[GD]_epoch_{args.upscale_factor}_*.pth")
-    return sorted(path for path in found if re.fullmatch(WRITTEN, path.stem))
+    return named_by_a_run(Path(args.out_dir), f"net[GD]_epoch_{args.upscale_factor}_*.pth")
+
+
+def named_by_a_run(folder, pattern):
+    """The files of this pattern, less those that a person named, such as netG_epoch_8_best.pth."""
+    return sorted(path for path in folder.glob(pattern) if re.fullmatch(WRITTEN, path.stem))
 
 
 def delete_old_run(args):
     """What --overwrite replaces, but for last.pt: the new run's has just taken its place."""
     folder = Path(args.out_dir)
     named = [folder / name for name in ("config.json", "train_results.csv", "curves.png")]
-    samples = [path for path in folder.glob("samples/epoch_*.png")
-               if re.fullmatch(WRITTEN, path.stem)]
-    for path in (*named, *generators(args), *samples,
+    for path in (*named, *generators(args), *named_by_a_run(folder, "samples/epoch_*.png"),
                  *folder.glob("tensorboard/events.out.tfevents.*")):
         path.unlink(missing_ok=True)
 

@@ -86,17 +86,19 @@ def rates_of(vectors, model, metric, seed):
     return recognition(similarity(probes, gallery, is_distance(metric)), seed=seed)
 
 
-def differences(per_image, seed, names=None):
+def differences(per_image, seed, names=None, minus=None):
     """Every pair of models, metric by metric: the mean paired difference with its interval.
 
-    names: the models to compare, all but HR unless given; what any model of the table leaves out
-    is left out. p: of random sign flips, p_holm: corrected for all comparisons of the metric; below
-    0.05 the difference is called significant.
+    names: the models to compare, all but HR unless given; minus: the one that all others are
+    compared with, if not with each other. What any model of the table leaves out is left out. p:
+    of random sign flips, p_holm: corrected for all comparisons of the metric; below 0.05 the
+    difference is called significant.
     """
     if names is None:
         names = [m for m in per_image["model"].unique() if m != "HR"]
+    pairs = [(minus, name) for name in names if name != minus] if minus else combinations(names, 2)
     rows = []
-    for a, b in combinations(names, 2):
+    for a, b in pairs:
         of_a, of_b = (per_image[per_image["model"] == m].set_index("image") for m in (a, b))
         for metric in metrics_of(per_image):
             values = of_b[metric] - of_a[metric]

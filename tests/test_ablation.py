@@ -146,7 +146,7 @@ def test_asked_again_it_trains_nothing(done, capsys):
 
 
 def test_without_a_flag_it_is_the_whole_study(done, tmp_path, monkeypatch):
-    """Six weightings, three seeds, 15 GAN epochs from the shipped generator of the pixel loss."""
+    """Seven weightings, three seeds, 15 GAN epochs from the shipped generator of the pixel loss."""
     called = []
     monkeypatch.setattr(train_identity, "main", called.append)
     # nothing is trained
