@@ -151,12 +151,21 @@ def apply_updates(trainer, with_gan):
     if with_gan:
         trainer.scheduleD.step()
     if trainer.stripe_filter:
-        remove_stripes_(trainer.netG.last.weight)
+        remove_stripes(trainer.netG)
     trainer.scaler.update()
     trainer.scheduleG.step()
     trainer.updates += 1
     if trainer.average is not trainer.netG:
         update_average(trainer.average, trainer.netG, trainer.updates, EMA_DECAY)
+
+
+def remove_stripes(netG):
+    """`remove_stripes_` in the last convolution, and in the one before unless that reads LR's size.
+
+    A line pattern of two pixels becomes one of four there. LR's own is no artefact.
+    """
+    for convolution in (netG.last, *(block.conv for block in netG.upsample[1:][-1:])):
+        remove_stripes_(convolution.weight)
 
 
 @torch.no_grad()
@@ -321,7 +330,7 @@ def build_networks(trainer, args, device, world):
         trainer.netG.load_state_dict(weights, strict=False)
     trainer.stripe_filter = "stripe_filter" not in args.without
     if trainer.stripe_filter:
-        remove_stripes_(trainer.netG.last.weight)
+        remove_stripes(trainer.netG)
     if world > 1 and device.type == "cuda":
         trainer.netG = torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainer.netG)
         trainer.netD = torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainer.netD)

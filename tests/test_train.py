@@ -711,15 +711,26 @@ def test_the_average_is_validated_on_frames_and_on_crops(faces, monkeypatch):
 
 
 @pytest.mark.parametrize("flag, striped", [([], False), (["--without", "stripe_filter"], True)])
-def test_no_update_gives_the_last_convolution_stripes(flag, striped):
+def test_no_update_gives_the_last_convolutions_stripes(flag, striped):
     run, lr, hr = small_run("--alpha", "0", *flag)
-    training_step.train_step(run, lr, hr, None, False, False)
-    training_step.apply_updates(run, False)
-    signs = (-1.0) ** torch.arange(9)
-    for network in (run.netG, run.average):
-        for along in (signs, signs[:, None]):
-            response = (network.last.weight.detach() * along).sum(-along.dim()).abs().max()
-            assert (response > 1e-3) == striped
+
+    def largest(weight):
+        signs = (-1.0) ** torch.arange(weight.shape[-1])
+        return [(weight.detach() * along).sum(-along.dim()).abs().max().item()
+                for along in (signs, signs[:, None])]
+
+    for _ in range(2):  # as begun, and after an update
+        for network in (run.netG, run.average):
+            for weight in (network.last.weight, network.upsample[2].conv.weight):
+                assert all((response > 1e-3) == striped for response in largest(weight))
+            assert min(largest(network.upsample[1].conv.weight)) > 1e-3
+        training_step.train_step(run, lr, hr, None, False, False)
+        training_step.apply_updates(run, False)
+    whole = Generator(2)  # whose one block sees LR, of which nothing may be lost
+    before = whole.upsample[0].conv.weight.detach().clone()
+    training_step.remove_stripes(whole)
+    assert torch.equal(whole.upsample[0].conv.weight, before)
+    assert max(largest(whole.last.weight)) < 1e-3
 
 
 def test_fp16_with_its_scaler():
