@@ -52,7 +52,7 @@ DEPARTURES = {
     "icnr": "sub-pixel convolutions start as plain upsampling, without a checkerboard",
     "back_projection": "SR + enlarge(LR - reduce(SR)), so that its reduction is LR",
     "ema": "a moving average of the generator is validated and saved",
-    "stripe_filter": "the last two convolutions cannot draw lines of alternating pixels",
+    "stripe_filter": "no convolution behind an upsampling draws lines of alternating pixels",
     "cross_entropy": "-log D(G(z)); the gradient of 1 - D(G(z)) vanishes where D is sure",
     "mixed_batches": "D sees real and generated images in one batch, so that BatchNorm does not "
                      "hide what tells them apart",

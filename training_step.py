@@ -160,11 +160,11 @@ def apply_updates(trainer, with_gan):
 
 
 def remove_stripes(netG):
-    """`remove_stripes_` in the last convolution, and in the one before unless that reads LR's size.
+    """`remove_stripes_` in every convolution that reads an enlarged map.
 
-    A line pattern of two pixels becomes one of four there. LR's own is no artefact.
+    Lines that alternate there have periods of 2, 4 and 8 pixels in SR. LR's own are no artefact.
     """
-    for convolution in (netG.last, *(block.conv for block in netG.upsample[1:][-1:])):
+    for convolution in (netG.last, *(block.conv for block in netG.upsample[1:])):
         remove_stripes_(convolution.weight)
 
 
