@@ -296,7 +296,10 @@ class TrainDatasetFromFolder(FaceFolder):
         return frame[top:top + size, left:left + size]
 
     def _rescale(self, index):
-        """A square in which the face is `scales[index]` times as large: bicubic, any sub-pixel."""
+        """A square in which the face is `scales[index]` times as large: bicubic, any sub-pixel.
+
+        No smaller than the frame allows: of a frame of c px the whole, unscaled.
+        """
         picture, size = self.picture(index), self.crop_size
         side = min(size / self.scales[index], *picture.size)
         top, left = self.places[index] * (picture.height - side, picture.width - side)

@@ -527,8 +527,8 @@ def parse(argv=None):
     add("--crop_size", type=not_negative, nargs="+", default=[128, 0],
         help="HR sizes in px of the centre crops to measure; 0: whole frames, as the report's code")
     add("--shift", type=int, nargs="+", default=[], metavar="PX",
-        help="also measure the gain over bicubic on crops that many px right of and below the "
-             "centre (sweep.csv, sweep.png)")
+        help="also measure the checkpoints' gain over bicubic on crops that many px right of and "
+             "below the centre (sweep.csv, sweep.png)")
     add("--scale", type=scale, nargs="+", default=[], metavar="F",
         help="also measure it on whole frames, and the faces in them, F times as large")
     add("--pairs", metavar="TXT",

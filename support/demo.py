@@ -72,8 +72,9 @@ def is_demo(args):
 def evaluation(args):
     """The flags of evaluate.py that measure a demo's generator."""
     return ["--checkpoint", str(checkpoints.generator_path(args.out_dir, 8, args.num_epochs)),
-            "--data_dir", args.valid_dir, "--crop_size", str(args.crop_size), "--face_weights",
-            "random", "--device", args.device, "--out_dir", f"{args.out_dir}/results"]
+            "--data_dir", args.valid_dir, "--crop_size", str(args.crop_size), "0",
+            "--face_weights", "random", "--device", args.device,
+            "--out_dir", f"{args.out_dir}/results"]
 
 
 def end(args):

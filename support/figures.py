@@ -256,7 +256,8 @@ def save_curves(table, path):
         for (model, values), dashes in zip(REPORT.items(), REPORT_DASHES):
             if name in values:
                 panel.axhline(values[name], color="0.4", linewidth=0.8, linestyle=dashes)
-                ends.append((last, values[name], f"report, {model} {values[name]:{digits}}", "0.4"))
+                text = f"report's frames, {model} {values[name]:{digits}}"
+                ends.append((last, values[name], text, "0.4"))
         label_ends(panel, ends)
         if 0 < len(gan) < len(epochs):
             panel.axvline(gan[0] - 0.5, color="0.3", linewidth=0.8)

@@ -179,9 +179,10 @@ def test_lr_made_in_float_is_pillows():
     assert set(np.unique(apart)) <= {0, 1} and apart.mean() < 0.02
 
 
-@pytest.mark.parametrize("cache_gb, free_gb", [(4.0, 80), (4.0, 0), (0.0, 80)])
-def test_crops_are_cut_on_the_gpu_or_copied_from_pinned_memory(cache_gb, free_gb, faces,
+@pytest.mark.parametrize("cache_gb, room", [(4.0, 4), (4.0, 3), (0.0, 9)])
+def test_crops_are_cut_on_the_gpu_or_copied_from_pinned_memory(cache_gb, room, faces,
                                                                 monkeypatch):
+    """room: the GPU's free memory in multiples of the frames with their mirror images."""
     copies = []
 
     def pin_memory(self, *_):
@@ -203,7 +204,8 @@ def test_crops_are_cut_on_the_gpu_or_copied_from_pinned_memory(cache_gb, free_gb
     convert = torch.Tensor.to
     dataset, plain = (TrainDatasetFromFolder(faces / "train", 16, 2, "mixed", 1, cache_gb, True)
                       for _ in range(2))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_gb * 2 ** 30, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (
+        room * 2 * sum(frame.nbytes for frame in dataset.frames), 0))
     monkeypatch.setattr(data_utils, "DataLoader", loader)
     for epoch in (1, 2, 3, 4):
         with monkeypatch.context() as patch:
@@ -211,7 +213,7 @@ def test_crops_are_cut_on_the_gpu_or_copied_from_pinned_memory(cache_gb, free_gb
             patch.setattr(torch.Tensor, "to", to)
             dataset.set_epoch(epoch)
             got = list(dataset.batches([[0, 1], [2]], CUDA))
-        if cache_gb and free_gb:  # frames and their mirror images once, then what was made of them
+        if cache_gb and room == 4:  # frames and mirror images once, then what was made of them
             of_frames = 2 * len(dataset) if epoch == 1 else 0
             assert len(copies) == of_frames + bool(dataset.precomputed)
             assert not any(pinned for pinned, _ in copies)

@@ -644,6 +644,7 @@ def test_the_script_on_whole_frames_and_odd_crops(checkpoint, tmp_path, monkeypa
 
 def test_both_framings_and_the_sweep(checkpoint, tmp_path, monkeypatch, capsys):
     """Gains by hand: the crop is cut, or the frame resized, with PIL alone."""
+    assert evaluate.parse([]).crop_size == [128, 0]
     data, out = save_portraits(tmp_path / "data", [(48, 48)] * 2), tmp_path / "out"
     monkeypatch.setattr(evaluate, "load_face_network",
                         lambda name: setattr(network := Embedder(), "label", name) or network)

@@ -135,10 +135,10 @@ def test_curves_of_every_length_and_with_columns_of_nan(tmp_path, n, pixel_epoch
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figures.save_curves(table, tmp_path / "curves.svg")
     words = written(tmp_path / "curves.svg")
-    assert {"report, best visual 27.07", "report, baseline 0.764",
-            "report, best identity 0.8630"} <= words
+    assert {"report's frames, best visual 27.07", "report's frames, baseline 0.764",
+            "report's frames, best identity 0.8630"} <= words
     assert ("GAN phase" in words) == (0 < pixel_epochs < n)
-    assert ("frames 24.84" in words) == (n == 100)
+    assert ("frames 24.84" in words) == ("crops 25.84" in words) == (n == 100)
     assert ("D(x) 0.50" in words) == (n > pixel_epochs and "Score_D" not in gone)
     assert ("no values yet" in words) == (n < 100)
     assert not any("nan" in word for word in words)
@@ -178,6 +178,17 @@ def test_every_model_of_a_sweep_is_drawn(tmp_path):
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figures.save_sweep(sweep, tmp_path / "sweep.svg")
     assert written(tmp_path / "sweep.svg") >= set(models)
+
+
+def test_a_sweep_is_drawn_in_the_order_of_its_values(tmp_path, monkeypatch):
+    drawn, draw = [], figures.draw_line
+    monkeypatch.setattr(figures, "draw_line", lambda panel, x, y, style: (
+        drawn.append((list(x), list(y))), draw(panel, x, y, style))[1])
+    figures.save_sweep(pd.DataFrame({
+        "sweep": "shift", "value": [8, 8, 0, 0, 4, 4], "model": ["bicubic", "net"] * 3,
+        **dict.fromkeys(["psnr_y_gain", "ssim_gain", "cosine_gain"], [0, 1, 0, 3, 0, 2])}),
+        tmp_path / "sweep.png")
+    assert drawn == [([0, 4, 8], [3, 2, 1])] * 3
 
 
 def test_a_sweep_of_long_names_and_of_nothing(tmp_path):

@@ -60,7 +60,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 @pytest.mark.readme
-def test_every_command(workspace, monkeypatch):
+def test_every_command(workspace, monkeypatch, capsys):
     ran = set()
     for words in commands():
         if words[0] != "python":  # several processes: test_train.py; here the flags
@@ -82,4 +82,5 @@ def test_every_command(workspace, monkeypatch):
     assert ran == set(TINY)
     assert json.loads((workspace / "bench.json").read_text()).keys() >= {
         "train_images_per_second", "reference_images_per_second", "speedup", "conv_fraction",
-        "memory_ratio"}
+        "memory_ratio", "data_images_per_second"}
+    assert "data path, mixed crops" in capsys.readouterr().out

@@ -231,6 +231,20 @@ def test_freed_memory_is_kept():
     assert resident() > full - 20
 
 
+def test_the_benchmark_times_every_kind_of_crops(faces, monkeypatch):
+    """16 epochs of 6 photographs in 2 seconds, on one thread; then the threads are as before."""
+    threads = []
+    monkeypatch.setattr(benchmark, "timed",
+                        lambda *_: threads.append(torch.get_num_threads()) or 2.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    flags = SimpleNamespace(crop_size=16, upscale_factor=2)
+    rates = benchmark.data_path(faces / "train", flags, torch.device("cpu"))
+    assert rates == {"center": 48, "random": 48, "mixed": 48}
+    assert set(threads) == {1} and torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 def test_a_benchmark_whose_process_died_says_so():
     pipe, end = multiprocessing.Pipe()
     end.close()
@@ -354,6 +368,16 @@ def test_report_recipe_undoes_every_departure():
     assert args.crop == "random"
 
 
+def test_the_training_set_is_what_the_flags_say(faces):
+    folders = ["--train_dir", str(faces / "train"), "--valid_dir", str(faces / "valid")]
+    for flags, shares, flips, seed in (
+            (["--crop", "random", "--seed", "3"], {"random": 1}, True, 3),
+            (["--without", "flips"], data_utils.MIX, False, 0)):
+        train, _ = data_utils.load_data(train_identity.parse(
+            ["--crop_size", "32", *folders, *flags]))
+        assert (train.shares, train.flips, train.seed) == (shares, flips, seed)
+
+
 def test_the_default_recipe_is_what_help_says():
     """The numbers of DEPARTURES, as text."""
     trainer, _, _ = small_run("--alpha", "0")
@@ -365,6 +389,8 @@ def test_the_default_recipe_is_what_help_says():
     assert trainer.scheduleG.lr_lambdas[0](100) == pytest.approx(0.05)
     args = train_identity.parse([])
     assert (args.batch_size, args.lr, args.lr_d, args.pretrain_epochs) == (16, 4e-4, 2.5e-5, 75)
+    assert args.crop == "mixed" and data_utils.MIX == {  # those of results/EXPERIMENTS.md
+        "center": 0.1, "random": 0.5, "rescaled": 0.3, "recoloured": 0.1}
     for number in ("three quarters", "16 images", "4e-4", "a twentieth", "2.5e-5", "beta1 0.5",
                    "at most as long", "every 4th step"):
         assert any(number in why for why in train_identity.DEPARTURES.values()), number
@@ -1038,7 +1064,9 @@ def test_time_left_counts_what_the_gan_epochs_will_cost(monkeypatch):
     row = dict.fromkeys(("PSNR", "SSIM", "Cosine", "PSNR_crop", "SSIM_crop", "Cosine_crop",
                          "Pixel"), 0.5)
     row |= {"Epoch": 1, "Phase": "pixel", "Seconds": 60.0}
-    assert train_identity.summary_line(row, args).endswith("about 18 min left")
+    line = train_identity.summary_line(row, args)
+    assert line.endswith("about 18 min left")
+    assert "whole frames 0.50 dB" in line and "centre crops 0.50 dB" in line
     args = train_identity.parse(["--num_epochs", "10", "--pretrain_epochs", "10"])
     assert train_identity.summary_line(row, args).endswith("about 9 min left")
     assert train_identity.summary_line(row | {"Seconds": 10.0}, args).endswith("about 90 s left")
